@@ -1,0 +1,147 @@
+"""Reading a config: every section is the argument list of one callable, and its signature is the schema.
+
+A key that the callable does not take, one that it needs and does not get, and a value of another type than its
+annotation are `ConfigError`s that name the key, before anything expensive starts.
+"""
+
+import difflib
+import inspect
+import math
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from vit_flax.typing import Array
+
+# The numbers that a sweep may vary without another program: they reach the step as traced values (see TrainState).
+HPARAMS = (
+    "optim.learning_rate",
+    "optim.weight_decay",
+    "optim.clip_norm",
+    "model.drop_path",
+    "loss.label_smoothing",
+    "augment.mixup_alpha",
+    "augment.cutmix_alpha",
+    "run.ema_decay",
+)
+
+
+class ConfigError(ValueError):
+    """The config cannot be run; the message names the key, what was found and what to do."""
+
+
+def check_names(where: str, given: Iterable[str], known: Iterable[str], required: Iterable[str] = ()) -> None:
+    """Raises a ConfigError that lists the names that are unknown, each with the nearest known one, or missing."""
+    given, known = list(given), list(known)
+    problems = []
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            problems.append(f"unknown key {where}{name}" + (f": did you mean {where}{near[0]}?" if near else ""))
+    problems += [f"missing key {where}{name}" for name in required if name not in given]
+    if problems:
+        raise ConfigError("\n".join([*problems, f"Keys of {where.rstrip('.') or 'the config'}: {', '.join(known)}."]))
+
+
+def check_section(name: str, section: Mapping[str, Any], schema: Callable[..., Any], supplied: Iterable[str] = ()) -> None:
+    """Checks that a section could be passed to `schema` as its keyword arguments.
+
+    Args:
+      name: of the section, for messages.
+      section: keys and values.
+      schema: the callable whose signature is the schema.
+      supplied: arguments that the program passes itself; not allowed in the section.
+
+    Raises: ConfigError: unknown, missing or mistyped keys.
+    """
+    supplied = set(supplied)
+    parameters = {
+        p.name: p
+        for p in inspect.signature(schema).parameters.values()
+        if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name not in supplied | {"self", "parent", "name_"}
+    }
+    required = [p.name for p in parameters.values() if p.default is p.empty]
+    check_names(f"{name}.", section, parameters, required)
+    for key, value in section.items():
+        expected = parameters[key].annotation
+        if expected is not inspect.Parameter.empty and not _fits(value, expected):
+            expected_name = getattr(expected, "__name__", None) if not typing.get_args(expected) else None
+            raise ConfigError(
+                f"{name}.{key}: expected {expected_name or str(expected).replace('typing.', '')}, "
+                f"found {value!r} ({type(value).__name__})."
+            )
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a config value fits an annotation made of built-in types; anything else is left to the callable."""
+    if annotation in (Any, inspect.Parameter.empty) or isinstance(annotation, str):
+        return True
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, a) for a in args)
+    if annotation is Array or "jaxtyping" in str(type(annotation)) or "jaxtyping" in str(annotation):
+        return False  # the traced form of a number; a config holds plain numbers
+    if annotation is type(None) or annotation is None:
+        return value is None
+    if annotation is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    base = origin or annotation
+    if base in (tuple, list) or (isinstance(base, type) and issubclass(base, typing.Sequence) and base is not str):
+        return isinstance(value, (tuple, list))
+    if base is dict or (isinstance(base, type) and issubclass(base, Mapping)):
+        return isinstance(value, Mapping)
+    return isinstance(value, base) if base in (str, bool) else True
+
+
+def in_steps(name: str, section: Mapping[str, Any], steps_per_epoch: float) -> dict[str, Any]:
+    """The section with every duration `<x>_epochs` turned into `<x>_steps`.
+
+    Raises: ConfigError: one duration given in both units.
+    """
+    out = {}
+    for key, value in section.items():
+        if key.endswith("_epochs"):
+            steps = key.removesuffix("_epochs") + "_steps"
+            if steps in section:
+                raise ConfigError(f"{name} gives both {key} and {steps}: remove one of them.")
+            out[steps] = None if value is None else max(1, round(value * steps_per_epoch)) if value else 0
+        else:
+            out[key] = value
+    return out
+
+
+def hparams_of(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """The values of `HPARAMS` that are set and not zero; what is off is absent, and costs nothing."""
+    values = {}
+    for name in HPARAMS:
+        section, key = name.split(".")
+        value = sections[section].get(key)
+        if value:
+            if not math.isfinite(value):
+                raise ConfigError(f"{name} must be a finite number, found {value}.")
+            values[name] = float(value)
+    return values
+
+
+def bind(function: Callable[..., Any], name: str, section: Mapping[str, Any]) -> Callable[..., Any]:
+    """`function` with the section as keyword arguments; traced `hparams` of that section take the place of its numbers."""
+
+    def bound(*args: Any, hparams: Mapping[str, Array], **kwargs: Any) -> Any:
+        traced = {k.removeprefix(f"{name}."): v for k, v in hparams.items() if k.startswith(f"{name}.")}
+        return function(*args, **{**section, **traced, **kwargs})
+
+    return bound
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value; lists and tuples stay whole (as lists)."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat

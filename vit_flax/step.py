@@ -1,0 +1,183 @@
+"""The training step: pure functions of a state and a batch, without configs, files or devices.
+
+`train_step` is jitted once and bound to its parts with `functools.partial`. What it optimises is one function,
+`objective(params, batch, key, hparams) -> (loss, metrics)`; `classification` is the usual one.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from vit_flax.typing import Array, Float, PyTree
+
+Metrics = dict[str, Array]
+Objective = Callable[[PyTree, dict[str, Array], Array, dict[str, Array]], tuple[Array, Metrics]]
+
+
+class TrainState(struct.PyTreeNode):
+    """Everything that a step reads and writes; a checkpoint is this and nothing else.
+
+    Attributes:
+      step: number of steps taken, int32; the position in the data follows from it.
+      params: of the model.
+      opt_state: of the optimiser.
+      ema: moving average of `params`, or None.
+      key: the run's random key; never changes, a step folds its number in.
+      hparams: the numbers that a sweep may vary, by their dotted config key (see docs/architecture.md).
+      skipped_steps: steps whose loss or gradient was not finite, since the start, int32.
+      skipped_in_a_row: the same, since the last good step, int32.
+    """
+
+    step: Any
+    params: Any
+    opt_state: Any
+    ema: Any
+    key: Any
+    hparams: Any
+    skipped_steps: Any
+    skipped_in_a_row: Any
+
+
+def init_state(
+    key: Array,
+    *,
+    init: Callable[[Array], PyTree],
+    optimizer: Callable[[dict[str, Array]], optax.GradientTransformation],
+    hparams: dict[str, Array],
+) -> TrainState:
+    """The state before the first step.
+
+    Args:
+      key: of the run; parameters and training draw from different streams of it.
+      init: makes parameters from a key.
+      optimizer: makes the optimiser from `hparams`.
+      hparams: see `TrainState`.
+    """
+    init_key, train_key = jax.random.split(key)
+    params = init(init_key)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(
+        step=zero,
+        params=params,
+        opt_state=optimizer(hparams).init(params),
+        ema=jax.tree.map(jnp.copy, params) if "run.ema_decay" in hparams else None,
+        key=train_key,
+        hparams=hparams,
+        skipped_steps=zero,
+        skipped_in_a_row=zero,
+    )
+
+
+def train_step(
+    state: TrainState,
+    batch: dict[str, Array],
+    *,
+    objective: Objective,
+    optimizer: Callable[[dict[str, Array]], optax.GradientTransformation],
+    accumulate_steps: int = 1,
+) -> tuple[TrainState, Metrics]:
+    """Takes one optimiser step.
+
+    A loss or gradient that is not finite leaves parameters, optimiser and average bit-unchanged and is counted.
+
+    Args:
+      state: is consumed (its buffers are donated).
+      batch: arrays whose first axis is the global batch.
+      objective: `(params, batch, key, hparams) -> (mean loss, metrics)`.
+      optimizer: makes the optimiser from `state.hparams`; its update already holds the learning rate.
+      accumulate_steps: the batch is cut into that many parts, one after the other, to save memory.
+
+    Returns: the new state, and scalars: those of the objective, `loss`, `grad_norm`, `update_norm`, `param_norm`.
+    """
+    key = jax.random.fold_in(state.key, state.step)
+    loss, metrics, grads = _gradients(objective, state, batch, key, accumulate_steps)
+    updates, opt_state = optimizer(state.hparams).update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    norms = {"grad_norm": optax.global_norm(grads), "update_norm": optax.global_norm(updates)}
+    ok = jnp.isfinite(loss) & jnp.isfinite(norms["grad_norm"])
+
+    def keep_if_bad(new: PyTree, old: PyTree) -> PyTree:
+        return jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
+
+    ema = state.ema
+    if ema is not None:
+        ema = keep_if_bad(_moving_average(ema, params, state.step, state.hparams["run.ema_decay"]), ema)
+    bad = 1 - ok.astype(jnp.int32)
+    new_state = state.replace(
+        step=state.step + 1,
+        params=keep_if_bad(params, state.params),
+        opt_state=keep_if_bad(opt_state, state.opt_state),
+        ema=ema,
+        skipped_steps=state.skipped_steps + bad,
+        skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
+    )
+    metrics = {"loss": loss, **metrics, **norms, "param_norm": optax.global_norm(new_state.params)}
+    return new_state, {**metrics, "skipped_in_a_row": new_state.skipped_in_a_row}
+
+
+def _gradients(
+    objective: Objective, state: TrainState, batch: dict[str, Array], key: Array, parts: int
+) -> tuple[Array, Metrics, PyTree]:
+    """Loss, metrics and gradients, averaged over `parts` equal parts of the batch."""
+    grad = jax.value_and_grad(objective, has_aux=True)
+    if parts == 1:
+        (loss, metrics), grads = grad(state.params, batch, key, state.hparams)
+        return loss, metrics, grads
+
+    def one(total: PyTree, part_and_index: tuple[dict[str, Array], Array]) -> tuple[PyTree, None]:
+        part, index = part_and_index
+        (loss, metrics), grads = grad(state.params, part, jax.random.fold_in(key, index), state.hparams)
+        return jax.tree.map(jnp.add, total, (loss, metrics, grads)), None
+
+    # Part i takes every `parts`-th example, so that each part stays spread over all devices.
+    cut = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), batch)
+    first = jax.tree.map(lambda x: x[0], cut)
+    shapes = jax.eval_shape(grad, state.params, first, key, state.hparams)
+    (loss, metrics), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    total, _ = jax.lax.scan(one, (loss, metrics, grads), (cut, jnp.arange(parts)))
+    return jax.tree.map(lambda x: x / parts, total)
+
+
+def _moving_average(ema: PyTree, params: PyTree, step: Array, decay: Float[Array, ""]) -> PyTree:
+    """One update; early steps use (1 + step) / (10 + step), so that the average forgets the initial values soon."""
+    step = step.astype(jnp.float32)
+    decay = jnp.minimum(decay, (1 + step) / (10 + step))
+    return jax.tree.map(lambda e, p: e + (1 - decay).astype(e.dtype) * (p - e), ema, params)
+
+
+def classification(
+    params: PyTree,
+    batch: dict[str, Array],
+    key: Array,
+    hparams: dict[str, Array],
+    *,
+    apply: Callable[..., tuple[Array, dict]],
+    augment: Callable[..., tuple[Array, Array]],
+    loss: Callable[..., Array],
+    num_classes: int,
+) -> tuple[Array, Metrics]:
+    """The objective of image classification.
+
+    Args:
+      params: of the model.
+      batch: `image` uint8 [b, h, w, c], `label` int32 [b] or uint8 [b, v], `mask` bool [b].
+      key: of this step.
+      hparams: see `TrainState`.
+      apply: `(variables, images, train=, rngs=, hparams=) -> (logits, out)`.
+      augment: `(key, images, targets, hparams=) -> (images, targets)`.
+      loss: `(logits, targets, mask, hparams=) -> mean loss`.
+      num_classes: v.
+
+    Returns: the loss, and the top-1 accuracy on the (augmented) batch.
+    """
+    augment_key, dropout_key = jax.random.split(key)
+    labels = batch["label"]
+    targets = labels.astype(jnp.float32) if labels.ndim == 2 else jax.nn.one_hot(labels, num_classes)
+    images, targets = augment(augment_key, batch["image"], targets, hparams=hparams)
+    logits, _ = apply({"params": params}, images, train=True, rngs={"dropout": dropout_key}, hparams=hparams)
+    hits = jnp.argmax(logits, -1) == jnp.argmax(targets, -1)
+    return loss(logits, targets, batch["mask"], hparams=hparams), {"top1": jnp.mean(hits, where=batch["mask"])}
