@@ -1,0 +1,123 @@
+"""Data: sources of labelled pictures, host transforms, batches. `make_data` takes the `data` section of a config."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vit_flax.data.pipeline import Batches, DecodeOnce, EvalBatches, Transform, eval_batches, train_batches
+from vit_flax.data.sources import SOURCES, Source, make_source
+
+__all__ = [
+    "SOURCES",
+    "Batches",
+    "Data",
+    "EvalBatches",
+    "Source",
+    "eval_batches",
+    "make_data",
+    "make_source",
+    "train_batches",
+]
+
+
+def make_data(
+    *,
+    source: Mapping[str, Any],
+    train_split: str,
+    eval_split: str,
+    batch_size: int,
+    eval_batch_size: int,
+    train_transforms: Sequence[Mapping[str, Any]],
+    eval_transforms: Sequence[Mapping[str, Any]],
+    num_threads: int | None = None,
+    num_workers: int = 0,
+    decode_once: DecodeOnce = "auto",
+) -> "Data":
+    """Opens both splits of a source and checks them against each other; reads no picture yet.
+
+    Args:
+      source: `name`, a key of `SOURCES`, and that source's arguments except `split`.
+      train_split: trained on.
+      eval_split: evaluated on.
+      batch_size: training examples per step, over all processes.
+      eval_batch_size: evaluation examples per step, over all processes.
+      train_transforms: `{"op": name, **arguments}` in order; see `vit_flax.data.transforms`.
+      eval_transforms: the same for evaluation; none of them random.
+      num_threads: see `train_batches`, as for the rest.
+      num_workers: worker processes, 0 for none.
+      decode_once: "auto", True or False.
+
+    Raises:
+      ValueError: an unknown source, split or transform, or splits with different classes.
+    """
+    from vit_flax.data.transforms import make_transform
+
+    train_source = make_source(split=train_split, **source)
+    eval_source = make_source(split=eval_split, **source)
+    if train_source.class_names != eval_source.class_names:
+        raise ValueError(
+            f"{train_split!r} and {eval_split!r} have different classes: "
+            f"only in one of them {sorted(set(train_source.class_names) ^ set(eval_source.class_names))[:10]}"
+        )
+    return Data(
+        train_source=train_source,
+        eval_source=eval_source,
+        batch_size=batch_size,
+        eval_batch_size=eval_batch_size,
+        train_transform=make_transform([dict(op) for op in train_transforms]),
+        eval_transform=make_transform([dict(op) for op in eval_transforms]),
+        reading={"num_threads": num_threads, "num_workers": num_workers, "decode_once": decode_once},
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The two splits of an experiment, ready to be batched on any number of processes."""
+
+    train_source: Source
+    eval_source: Source
+    batch_size: int
+    eval_batch_size: int
+    train_transform: Transform
+    eval_transform: Transform
+    reading: dict[str, Any]  # how to read: num_threads, num_workers, decode_once; no influence on the batches
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.train_source.class_names
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def num_train(self) -> int:
+        return len(self.train_source)
+
+    def train(self, *, seed: int, start_step: int = 0, process_index: int = 0, process_count: int = 1) -> Batches:
+        """Endless training batches from `start_step` on; see `train_batches`."""
+        return train_batches(
+            self.train_source,
+            transform=self.train_transform,
+            batch_size=self.batch_size,
+            seed=seed,
+            start_step=start_step,
+            process_index=process_index,
+            process_count=process_count,
+            **self.reading,
+        )
+
+    def eval(self, *, process_index: int = 0, process_count: int = 1) -> EvalBatches:
+        """The evaluation split, each example once; see `eval_batches`."""
+        return eval_batches(
+            self.eval_source,
+            transform=self.eval_transform,
+            batch_size=self.eval_batch_size,
+            process_index=process_index,
+            process_count=process_count,
+            **self.reading,
+        )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """JSON-able identity of the data, for the checkpoint: it must not change between the lives of a run."""
+        return {"train": self.train_source.fingerprint(), "eval": self.eval_source.fingerprint()}

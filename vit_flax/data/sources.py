@@ -1,0 +1,264 @@
+"""Sources of labelled pictures: something with a length whose items are `{"image", "label", "id"}`.
+
+A source reads and nothing else: `image` is the encoded file as it lies on disk (bytes) or a uint8 array [h, w, c];
+decoding, checking and batching are the pipeline's. `make_source(name=..., split=...)` finds a source in `SOURCES`.
+"""
+
+import difflib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+Example = dict[str, Any]  # {"image": bytes | uint8 [h, w, c], "label": int | int array, "id": str}
+
+
+@runtime_checkable
+class Source(Protocol):
+    """What the pipeline and the evaluations read from."""
+
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Says in JSON-able values what was read: name, split, number of examples, class names."""
+        ...
+
+
+def make_source(*, name: str, split: str, **kwargs: Any) -> Source:
+    """Opens a source by its name in `SOURCES`.
+
+    Args:
+      name: a key of `SOURCES`.
+      split: which part; "train" and "test" exist nearly everywhere, the `tfds` family also takes "train[:90%]".
+      **kwargs: the arguments of that source.
+
+    Raises:
+      ValueError: no such source, no such split, or an empty one.
+    """
+    if name not in SOURCES:
+        close = difflib.get_close_matches(name, SOURCES, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"unknown data source {name!r}{hint} Known: {', '.join(sorted(SOURCES))}")
+    source = SOURCES[name](split=split, **kwargs)
+    if not len(source):
+        raise ValueError(f"split {split!r} of data source {name!r} is empty: {source!r}")
+    return source
+
+
+def data_dir_or_default(data_dir: str | os.PathLike[str] | None) -> Path:
+    """Where prepared data lie: `data_dir`, else $VIT_FLAX_DATA_DIR, else vit_flax/data in the user's cache folder."""
+    if data_dir is None:
+        data_dir = os.environ.get("VIT_FLAX_DATA_DIR") or Path(
+            os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "vit_flax", "data"
+        )
+    return Path(data_dir).expanduser()
+
+
+class Tfds:
+    """A TFDS image-classification set that was prepared as array_record, read without TensorFlow.
+
+    Pictures stay encoded: TFDS's own NumPy decoder is wrong for CMYK and palette files.
+
+    Args:
+      split: TFDS split syntax, e.g. "train", "train[:98%]", "train[10:20]+test[:5]".
+      dataset: TFDS name, with config and version where wanted ("imagenet2012", "my_set/big:1.0.0").
+      data_dir: where the set was prepared; None: TFDS's own default.
+      directory: instead of the two above, the folder that holds `dataset_info.json`.
+      image_key: name of the image feature.
+      label_key: name of the label feature: a class, or a list of classes (multi-label).
+    """
+
+    def __init__(
+        self,
+        *,
+        split: str,
+        dataset: str | None = None,
+        data_dir: str | os.PathLike[str] | None = None,
+        directory: str | os.PathLike[str] | None = None,
+        image_key: str = "image",
+        label_key: str = "label",
+    ):
+        import tensorflow_datasets as tfds
+
+        if dataset is not None and directory is None:
+            builder = _open_dataset(dataset, data_dir)
+        elif directory is not None and dataset is None:
+            builder = _open_directory(directory)
+        else:
+            raise ValueError(f"give the tfds source either dataset= or directory=, found {dataset=} and {directory=}")
+        self.name, self.split = builder.info.full_name, split
+        self._image_key, self._label_key = image_key, label_key
+        features = builder.info.features
+        for key in (image_key, label_key):
+            if features is None or key not in features:
+                raise ValueError(f"{self.name} has no feature {key!r}; it has {sorted(features or ())}")
+        label = features[label_key]
+        self._multi_label = isinstance(label, tfds.features.Sequence)
+        names = getattr(label.feature if self._multi_label else label, "names", None)
+        if names is None:
+            raise ValueError(f"feature {label_key!r} of {self.name} is {label!r}, expected a ClassLabel")
+        self.class_names = tuple(names)
+        try:
+            self._records = builder.as_data_source(split, decoders={image_key: tfds.decode.SkipDecoding()})
+        except NotImplementedError as error:
+            raise ValueError(
+                f"{self.name} is not prepared as array_record; "
+                f"convert it once: python -m vit_flax.data.archives {builder.data_dir} OUT"
+            ) from error
+        except (ValueError, KeyError) as error:
+            known = ", ".join(builder.info.splits) or "none"
+            raise ValueError(f"cannot read split {split!r} of {self.name} (splits: {known}): {error}") from error
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(
+                f"{index} is outside 0..{len(self) - 1} of {self!r}"
+            )  # a ValueError would not end a for loop
+        record = self._records[index]
+        label = record[self._label_key]
+        if self._multi_label:
+            label = _multi_hot(label, len(self.class_names))
+        return {"image": record[self._image_key], "label": label, "id": f"{self.name}:{self.split}[{index}]"}
+
+    def __repr__(self) -> str:
+        return f"Tfds({self.name}, split={self.split!r}, {len(self)} examples)"
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See `Source`."""
+        return fingerprint(self.name, self.split, self)
+
+
+class Arrays:
+    """Pictures in memory, or in .npy/.npz files.
+
+    Args:
+      split: which part: a key of `arrays`, or the prefix in `path`.
+      arrays: {split: (images uint8 [n, h, w] or [n, h, w, c], labels int [n] or uint8 [n, v])}.
+      path: an .npz file with `<split>_images` and `<split>_labels`, or a folder with `<split>_images.npy` (read
+        through a memory map, so it may be larger than the memory) and `<split>_labels.npy`.
+      class_names: None: the numbers 0..max as text.
+      name: how messages and fingerprints call it.
+    """
+
+    def __init__(
+        self,
+        *,
+        split: str,
+        arrays: Mapping[str, tuple[Any, Any]] | None = None,
+        path: str | os.PathLike[str] | None = None,
+        class_names: Sequence[str] | None = None,
+        name: str = "arrays",
+    ):
+        if arrays is not None and path is None:
+            if split not in arrays:
+                raise ValueError(f"no split {split!r} in arrays; there are {sorted(arrays)}")
+            images, labels = arrays[split]
+        elif path is not None and arrays is None:
+            images, labels = _load_arrays(Path(path).expanduser(), split)
+        else:
+            raise ValueError("give the arrays source either arrays= or path=")
+        images, labels = np.asanyarray(images), np.asanyarray(labels)
+        if images.ndim == 3:
+            images = images[..., None]
+        if images.dtype != np.uint8 or images.ndim != 4:
+            raise ValueError(f"expected images uint8 [n, h, w] or [n, h, w, c], found {images.dtype} {images.shape}")
+        if labels.dtype.kind not in "iu" or labels.ndim not in (1, 2) or len(labels) != len(images):
+            raise ValueError(
+                f"expected integer labels [n] or [n, v] for {len(images)} images, found {labels.dtype} {labels.shape}"
+            )
+        self.name, self.split, self.images, self.labels = name, split, images, labels
+        if class_names is None:
+            num_classes = labels.shape[1] if labels.ndim == 2 else int(labels.max(initial=-1)) + 1
+            class_names = [str(label) for label in range(num_classes)]
+        self.class_names = tuple(class_names)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Example:
+        return {
+            "image": self.images[index],
+            "label": self.labels[index],
+            "id": f"{self.name}:{self.split}[{index}]",
+        }
+
+    def __repr__(self) -> str:
+        return f"Arrays({self.name}, split={self.split!r}, images {self.images.shape})"
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See `Source`."""
+        return fingerprint(self.name, self.split, self)
+
+
+def digits(*, split: str, data_dir: str | os.PathLike[str] | None = None) -> Tfds:
+    """The 1,797 handwritten digits of scikit-learn, written once below `data_dir` and read through TFDS."""
+    from vit_flax.data.digits import prepare_digits
+
+    return Tfds(split=split, directory=prepare_digits(data_dir_or_default(data_dir)))
+
+
+def fingerprint(name: str, split: str, source: Source) -> dict[str, Any]:
+    """The part of a fingerprint that all sources share."""
+    return {"name": name, "split": split, "num_examples": len(source), "class_names": list(source.class_names)}
+
+
+def _open_dataset(dataset: str, data_dir: str | os.PathLike[str] | None) -> Any:
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(dataset, data_dir=None if data_dir is None else Path(data_dir).expanduser())
+    except tfds.core.DatasetNotFoundError as error:
+        raise ValueError(f"TFDS knows no data set {dataset!r} and found none of that name in {data_dir=}") from error
+    if not builder.info.splits:
+        root = Path(builder.data_dir).parents[2 if builder.builder_config else 1]
+        raise FileNotFoundError(
+            f"{dataset} is not prepared in {builder.data_dir}. TFDS needs TensorFlow to prepare it, once, in any "
+            "environment (reading it needs none): pip install tensorflow-cpu tensorflow-datasets && "
+            f"tfds build {dataset} --file_format=array_record --data_dir={root}"
+        )
+    return builder
+
+
+def _open_directory(directory: str | os.PathLike[str]) -> Any:
+    import tensorflow_datasets as tfds
+
+    path = Path(directory).expanduser()
+    if not (path / "dataset_info.json").exists():
+        raise FileNotFoundError(f"expected a prepared TFDS data set (with dataset_info.json) in {path}")
+    return tfds.builder_from_directory(path)
+
+
+def _load_arrays(path: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    keys = (f"{split}_images", f"{split}_labels")
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as file:
+            if missing := [key for key in keys if key not in file]:
+                raise ValueError(f"{path} has no {' and no '.join(missing)}; it holds {sorted(file)}")
+            return file[keys[0]], file[keys[1]]
+    files = [path / f"{key}.npy" for key in keys]
+    for file in files:
+        if not file.exists():
+            raise FileNotFoundError(f"the arrays source expects {file} (or an .npz file as path=)")
+    return np.load(files[0], mmap_mode="r", allow_pickle=False), np.load(files[1], allow_pickle=False)
+
+
+def _multi_hot(classes: Any, num_classes: int) -> np.ndarray:
+    label = np.zeros(num_classes, np.uint8)
+    label[np.asarray(classes, np.int64)] = 1
+    return label
+
+
+SOURCES: dict[str, Callable[..., Source]] = {
+    "digits": digits,
+    "tfds": Tfds,
+    "arrays": Arrays,
+}
