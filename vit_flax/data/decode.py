@@ -1,0 +1,144 @@
+"""Image bytes to pixels: one function for every file a collection of pictures may hold, and an error that names it.
+
+Pillow decodes. The header is read first (`open_picture`), the pixels when a transform knows how many of them it needs
+(`Picture.load`): a JPEG is then decoded at 1/2, 1/4 or 1/8 of its size, which the format does almost for free.
+"""
+
+import dataclasses
+import io
+import math
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+MODES = {1: "L", 3: "RGB"}
+_ORIENTATION_TAG = 0x0112
+# EXIF orientation -> the operation that makes the picture upright (EXIF 2.32, table 6).
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class DecodeError(ValueError):
+    """A record whose image cannot be turned into pixels.
+
+    Attributes:
+      record_id: the `id` of the example: a path, or what the source calls the record.
+      problem: what is wrong with it.
+    """
+
+    def __init__(self, record_id: str, problem: str):
+        super().__init__(record_id, problem)
+        self.record_id = record_id
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"cannot decode {self.record_id!r}: {self.problem}"
+
+
+@dataclasses.dataclass
+class Picture:
+    """An image whose header has been read and whose pixels have not.
+
+    Attributes:
+      image: what Pillow opened.
+      record_id: named in errors.
+      mode: "RGB" or "L", the mode that `load` returns.
+      upright: the operation that undoes the EXIF orientation, None for none.
+    """
+
+    image: Image.Image
+    record_id: str
+    mode: str
+    upright: Image.Transpose | None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height after `load()`, in pixels."""
+        width, height = self.image.size
+        return (height, width) if self.upright in _SWAPS_SIDES else (width, height)
+
+    def load(self, shrink: float = 1.0) -> Image.Image:
+        """Decodes the pixels.
+
+        Args:
+          shrink: how much smaller than the original the pixels may be; a JPEG comes at 1/1, 1/2, 1/4 or 1/8, never
+            smaller than asked for. Everything else comes at full size.
+        Raises: DecodeError: the data ends early or is damaged, or the pixels have no meaning as 8-bit colours.
+        """
+        image = self.image
+        try:
+            if shrink >= 2:
+                image.draft(None, (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
+            image.load()
+            image = _to_mode(image, self.mode)
+        except Exception as error:  # every codec behind Pillow has exceptions of its own
+            raise DecodeError(self.record_id, _describe(error)) from error
+        return image if self.upright is None else image.transpose(self.upright)
+
+
+_SWAPS_SIDES = {_UPRIGHT[orientation] for orientation in (5, 6, 7, 8)}
+
+
+def open_picture(data: Any, record_id: str, *, channels: int = 3, apply_exif: bool = True) -> Picture:
+    """Reads the header of an encoded image, or wraps an array of pixels.
+
+    Args:
+      data: bytes of any format that Pillow reads, or uint8 [h, w], [h, w, 1] or [h, w, 3].
+      record_id: named in errors.
+      channels: 3 for RGB, 1 for grey.
+      apply_exif: turns photographs upright that a camera stored on their side.
+    Raises: DecodeError: no bytes, or no image format that Pillow knows.
+    """
+    mode = MODES[channels]
+    if isinstance(data, np.ndarray):
+        return Picture(_from_array(data, record_id), record_id, mode, None)
+    if len(data) == 0:
+        raise DecodeError(record_id, "the file is empty (0 bytes)")
+    try:
+        image = Image.open(io.BytesIO(data))
+        orientation = image.getexif().get(_ORIENTATION_TAG, 1) if apply_exif else 1
+    except UnidentifiedImageError as error:
+        raise DecodeError(record_id, f"not an image ({len(data)} bytes that start with {data[:8]!r})") from error
+    except Exception as error:  # a damaged header raises what its format's reader happens to raise
+        raise DecodeError(record_id, _describe(error)) from error
+    return Picture(image, record_id, mode, _UPRIGHT.get(orientation))
+
+
+def _from_array(pixels: np.ndarray, record_id: str) -> Image.Image:
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in (1, 3)):
+        found = f"{pixels.dtype} {list(pixels.shape)}"
+        raise DecodeError(record_id, f"expected uint8 pixels [h, w, 1 or 3], found {found}")
+    return Image.fromarray(pixels[:, :, 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
+
+
+def _to_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Converts to 8-bit RGB or grey. Transparency is dropped, as in the pipelines behind the published numbers."""
+    if image.mode == mode:
+        return image  # convert() would copy
+    if image.mode.startswith("I"):
+        image = _sixteen_bits_to_eight(image)
+    elif image.mode == "F":
+        raise ValueError("floating-point pixels have no defined range; store the image with 8 bits per channel")
+    elif image.mode == "P":
+        image = image.convert("RGB")
+    return image.convert(mode)
+
+
+def _sixteen_bits_to_eight(image: Image.Image) -> Image.Image:
+    pixels = np.asarray(image).astype(np.int64)
+    if pixels.min() < 0 or pixels.max() > 65535:
+        raise ValueError(f"integer pixels from {pixels.min()} to {pixels.max()}; store the image with 8 or 16 bits")
+    # The high byte, which is what Pillow itself keeps of 16-bit colour; its convert() would clip at 255.
+    return Image.fromarray((pixels >> 8).astype(np.uint8))
+
+
+def _describe(error: Exception) -> str:
+    return str(error) or type(error).__name__
