@@ -1,0 +1,78 @@
+"""Objectives on logits: one number per batch, a mean over the examples that the mask keeps.
+
+Under jit with the batch sharded over devices the sums are global, so the mean is the one a single device would compute.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from vit_flax.typing import Array, ArrayLike, Bool, Float
+
+
+def softmax_xent(
+    logits: Float[Array, "b v"],
+    targets: Float[Array, "b v"],
+    mask: Bool[Array, "b"] | None = None,
+    *,
+    label_smoothing: ArrayLike = 0.0,
+) -> Float[Array, ""]:
+    """Softmax cross-entropy, -sum_v targets log softmax(logits), averaged over the batch.
+
+    Args:
+        logits: unnormalised scores; computed in float32 whatever their dtype.
+        targets: a distribution over the classes per example, one-hot or mixed.
+        mask: False for padding; None keeps every example.
+        label_smoothing: part of the target's mass that is spread evenly over all classes; may be traced.
+    """
+    smoothed = smooth(targets, label_smoothing)
+    return masked_mean(-jnp.sum(smoothed * jax.nn.log_softmax(logits.astype(jnp.float32)), axis=-1), mask)
+
+
+def sigmoid_xent(
+    logits: Float[Array, "b v"],
+    targets: Float[Array, "b v"],
+    mask: Bool[Array, "b"] | None = None,
+    *,
+    label_smoothing: ArrayLike = 0.0,
+    reduction: str,
+    threshold: ArrayLike | None = None,
+) -> Float[Array, ""]:
+    """Binary cross-entropy of every class on its own, averaged over the batch; for multi-label data too.
+
+    Args:
+        logits: unnormalised scores; computed in float32 whatever their dtype.
+        targets: between 0 and 1 per class.
+        mask: False for padding; None keeps every example.
+        label_smoothing: part of the target's mass that is spread evenly over all classes; may be traced.
+        reduction: over the classes: "sum" (big_vision, AugReg) or "mean" (DeiT III); they differ by a factor v.
+        threshold: replaces the targets by `targets > threshold`, before the smoothing; DeiT III has 0 after mixup. None
+            keeps them.
+
+    Source: big_vision/utils.py:sigmoid_xent; DeiT III main.py (`bce_loss`) with engine.py's `targets.gt(0.0)`.
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"Unknown {reduction=}; expected one of {', '.join(REDUCTIONS)}.")
+    logits = logits.astype(jnp.float32)
+    if threshold is not None:
+        targets = (targets > threshold).astype(jnp.float32)
+    goal = smooth(targets, label_smoothing)
+    # -y log sigmoid(x) - (1 - y) log sigmoid(-x)
+    per_class = jax.nn.softplus(logits) - goal * logits
+    return masked_mean(REDUCTIONS[reduction](per_class, axis=-1), mask)
+
+
+LOSSES = {"softmax_xent": softmax_xent, "sigmoid_xent": sigmoid_xent}
+REDUCTIONS = {"sum": jnp.sum, "mean": jnp.mean}
+
+
+def smooth(targets: Float[Array, "b v"], label_smoothing: ArrayLike) -> Float[Array, "b v"]:
+    """(1 - a) targets + a / v in float32 (Szegedy et al. 2016, arXiv:1512.00567, section 7)."""
+    amount = jnp.asarray(label_smoothing, jnp.float32)
+    return (1.0 - amount) * targets.astype(jnp.float32) + amount / targets.shape[-1]
+
+
+def masked_mean(values: Float[Array, "b"], mask: Bool[Array, "b"] | None) -> Float[Array, ""]:
+    """Mean over the examples that the mask keeps; 0 when it keeps none. A masked value may even be NaN."""
+    if mask is None:
+        return jnp.mean(values)
+    return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(jnp.sum(mask), 1).astype(values.dtype)
