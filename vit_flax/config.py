@@ -44,7 +44,15 @@ def check_names(where: str, given: Iterable[str], known: Iterable[str], required
         raise ConfigError("\n".join([*problems, f"Keys of {where.rstrip('.') or 'the config'}: {', '.join(known)}."]))
 
 
-def check_section(name: str, section: Mapping[str, Any], schema: Callable[..., Any], supplied: Iterable[str] = ()) -> None:
+def check_section(
+    name: str,
+    section: Mapping[str, Any],
+    schema: Callable[..., Any],
+    *,
+    supplied: Iterable[str] = (),
+    also: Callable[..., Any] | None = None,
+    extra: Iterable[str] = (),
+) -> None:
     """Checks that a section could be passed to `schema` as its keyword arguments.
 
     Args:
@@ -52,19 +60,23 @@ def check_section(name: str, section: Mapping[str, Any], schema: Callable[..., A
       section: keys and values.
       schema: the callable whose signature is the schema.
       supplied: arguments that the program passes itself; not allowed in the section.
+      also: a second callable, which gets what the first one takes as `**kwargs`.
+      extra: keys that the program itself reads.
 
     Raises: ConfigError: unknown, missing or mistyped keys.
     """
-    supplied = set(supplied)
     parameters = {
         p.name: p
-        for p in inspect.signature(schema).parameters.values()
-        if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name not in supplied | {"self", "parent", "name_"}
+        for function in (schema, also)
+        if function is not None
+        for p in inspect.signature(function).parameters.values()
+        if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name not in supplied
     }
-    required = [p.name for p in parameters.values() if p.default is p.empty]
-    check_names(f"{name}.", section, parameters, required)
-    for key, value in section.items():
-        expected = parameters[key].annotation
+    own = [p for p in inspect.signature(schema).parameters.values() if p.name in parameters]
+    required = [p.name for p in own if p.default is p.empty]
+    check_names(f"{name}.", section, [*parameters, *extra], [*required, *extra])
+    for key in parameters.keys() & section.keys():
+        value, expected = section[key], parameters[key].annotation
         if expected is not inspect.Parameter.empty and not _fits(value, expected):
             expected_name = getattr(expected, "__name__", None) if not typing.get_args(expected) else None
             raise ConfigError(

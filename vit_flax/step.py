@@ -97,7 +97,7 @@ def train_step(
     loss, metrics, grads = _gradients(objective, state, batch, key, accumulate_steps)
     updates, opt_state = optimizer(state.hparams).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    norms = {"grad_norm": optax.global_norm(grads), "update_norm": optax.global_norm(updates)}
+    norms = {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
     ok = jnp.isfinite(loss) & jnp.isfinite(norms["grad_norm"])
 
     def keep_if_bad(new: PyTree, old: PyTree) -> PyTree:
@@ -115,7 +115,7 @@ def train_step(
         skipped_steps=state.skipped_steps + bad,
         skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
     )
-    metrics = {"loss": loss, **metrics, **norms, "param_norm": optax.global_norm(new_state.params)}
+    metrics = {"loss": loss, **metrics, **norms, "param_norm": optax.tree.norm(new_state.params)}
     return new_state, {**metrics, "skipped_in_a_row": new_state.skipped_in_a_row}
 
 

@@ -87,6 +87,15 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> None:
     write_atomically(path, json.dumps(record, indent=2) + "\n")
 
 
+def places(workdir: Path) -> dict[str, Path]:
+    """Where a user finds what a run wrote."""
+    return {
+        "config": workdir / "config.json",
+        "metrics": workdir / "metrics.jsonl",
+        "checkpoints": workdir / "checkpoints",
+    }
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Writes a text file so that a kill leaves the old one or the new one."""
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:

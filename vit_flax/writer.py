@@ -77,8 +77,11 @@ class Writer:
         else:
             self.say(f"step {step}/{self._total_steps} {text}")
 
-    def close(self) -> None:
-        """Flushes everything."""
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Flushes everything and takes the progress bar away."""
         if self._progress is not None:
             self._progress.stop()
         if self._jsonl is not None:
@@ -150,24 +153,13 @@ class TrainLog:
         )
         if max(int(v["skipped_in_a_row"]) for v in values) >= self._max_skipped:
             raise FloatingPointError(
-                f"The loss or the gradient was not finite in {self._max_skipped} steps in a row, up to step {step}. These "
-                "steps changed nothing. Lower optim.learning_rate, set optim.clip_norm, or look at the data."
+                f"The loss or the gradient was not finite in {self._max_skipped} steps in a row, up to step {step}. "
+                "These steps changed nothing. Lower optim.learning_rate, set optim.clip_norm, or look at the data."
             )
 
-    def pause(self) -> "_Pause":
-        """A context whose time is not counted as training time."""
-        return _Pause(self)
-
-
-class _Pause:
-    def __init__(self, owner: TrainLog):
-        self._owner = owner
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._owner._since += time.perf_counter() - self._start
+    def exclude(self, secs: float) -> None:
+        """Leaves time spent on something else, such as an evaluation, out of the throughput."""
+        self._since += secs
 
 
 def print_results(console: Console, results: Mapping[str, float], places: Mapping[str, Path]) -> None:

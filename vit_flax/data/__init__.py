@@ -1,8 +1,11 @@
 """Data: sources of labelled pictures, host transforms, batches. `make_data` takes the `data` section of a config."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from vit_flax.data.pipeline import Batches, DecodeOnce, EvalBatches, Transform, eval_batches, train_batches
 from vit_flax.data.sources import SOURCES, Source, make_source
@@ -93,6 +96,12 @@ class Data:
     @property
     def num_train(self) -> int:
         return len(self.train_source)
+
+    @functools.cached_property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of the images in a batch; decodes the first one."""
+        rng = np.random.default_rng(0)
+        return tuple(self.train_transform(self.train_source[0], rng)["image"].shape)
 
     def train(self, *, seed: int, start_step: int = 0, process_index: int = 0, process_count: int = 1) -> Batches:
         """Endless training batches from `start_step` on; see `train_batches`."""

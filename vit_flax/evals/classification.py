@@ -1,5 +1,6 @@
 """Accuracy, loss and calibration of a classifier on a split, each example counted once."""
 
+import functools
 from collections.abc import Callable, Iterable
 
 import jax
@@ -42,9 +43,6 @@ class Classification:
         return results
 
     def _evaluate(self, params: PyTree) -> dict[str, float]:
-        total = None
-        for batch in self._batches():
-            sums = self._sums(params, batch)
-            total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
-        assert total is not None, "make_data refuses empty splits"
-        return metrics.summarise(jax.device_get(total))
+        # All batches are dispatched before the first result is fetched.
+        sums = [self._sums(params, batch) for batch in self._batches()]
+        return metrics.summarise(functools.reduce(metrics.add_sums, sums, None))

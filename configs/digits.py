@@ -1,0 +1,53 @@
+"""A small ViT on scikit-learn's handwritten digits: real scans that travel with the package, no download.
+
+Task       1,797 grey images of 8x8 pixels, 10 classes; a fixed random 20 % (359) is held out.
+Command    python -m vit_flax.main --config configs/digits.py --workdir runs/digits
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The main job."""
+    config = ConfigDict()
+    config.run = dict(seed=0, total_epochs=120, log_every_steps=100, ema_decay=0.0)
+    config.data = dict(
+        source=dict(name="digits"),
+        train_split="train",
+        eval_split="test",
+        batch_size=128,
+        eval_batch_size=359,
+        train_transforms=[dict(op="decode", channels=1)],
+        eval_transforms=[dict(op="decode", channels=1)],
+    )
+    config.model = dict(
+        num_classes=10,
+        patch_size=2,
+        width=64,
+        depth=6,
+        mlp_dim=128,
+        num_heads=4,
+        posemb="learned",
+        pool="gap",
+        drop_path=0.1,
+    )
+    # The images are so small that all augmentation is arithmetic on the device.
+    config.augment = dict(
+        mean=(0.5,),
+        std=(0.5,),
+        affine=dict(rotate_degrees=15.0, scale_percent=15.0, translate_px=1.0),
+        mixup_alpha=0.0,
+        cutmix_alpha=0.0,
+    )
+    config.loss = dict(name="softmax_xent", label_smoothing=0.1)
+    config.optim = dict(
+        name="adamw",
+        learning_rate=2e-3,
+        weight_decay=0.05,
+        schedule="cosine",
+        warmup_epochs=10,
+        clip_norm=1.0,
+    )
+    config.checkpoint = dict(every_epochs=20, keep_last=2, best_metric="test/top1")
+    config.evals = dict(test=dict(type="classification", every_epochs=20))
+    return config

@@ -1,0 +1,22 @@
+"""Where the package keeps files between runs: compiled programs and prepared data sets."""
+
+import os
+from pathlib import Path
+
+import jax
+
+
+def cache_dir() -> Path:
+    """`$VIT_FLAX_CACHE_DIR`, or `vit_flax` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(os.environ.get("VIT_FLAX_CACHE_DIR") or Path(base) / "vit_flax")
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs on disk, so that the second start of a job does not compile.
+
+    A folder that JAX was told to use (`JAX_COMPILATION_CACHE_DIR`) stays in charge.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
