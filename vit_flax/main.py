@@ -3,7 +3,7 @@
 import os
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -38,6 +38,7 @@ def main(argv: list[str]) -> None:
 
 
 def _run() -> None:
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
     from vit_flax import cache
 
     cache.enable_compilation_cache()

@@ -1,0 +1,31 @@
+"""Arithmetic of the model, counted by hand: what a throughput is divided by to give a rate."""
+
+from vit_flax.models.vit import ViT
+
+
+def forward_flops(model: ViT, grid: tuple[int, int], *, channels: int = 3) -> float:
+    """Floating-point operations of one image's forward pass, a multiplication and an addition counting as two.
+
+    Matrix products only: patch embedding, projections, attention, feed-forward layers, head. A training step is
+    counted as three times as much (one pass forward, two backward).
+
+    Args:
+      model: its sizes are read.
+      grid: rows and columns of patches.
+      channels: of the image.
+    """
+    ph, pw = (model.patch_size,) * 2 if isinstance(model.patch_size, int) else model.patch_size
+    patches = grid[0] * grid[1]
+    n, d = patches + model.num_prefix_tokens, model.width
+    inner = model.num_heads * (model.head_dim or d // model.num_heads)
+    layers_of_mlp = 3 if model.mlp == "swiglu" else 2
+    block = n * (4 * d * inner + layers_of_mlp * d * model.mlp_dim) + 2 * n * n * inner
+    products = patches * ph * pw * channels * d + model.depth * block
+    if model.pool == "map":
+        products += n * 2 * d * inner + 2 * d * inner + 2 * n * inner + layers_of_mlp * d * model.mlp_dim
+    features = d * (2 if model.pool == "tok_gap" else 1)
+    if model.representation_size is not None:
+        products += features * model.representation_size
+        features = model.representation_size
+    heads = {"tok_dist": 2, "none": n}.get(model.pool, 1)
+    return 2.0 * (products + heads * features * (model.num_classes or 0))
