@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     """The main job."""
     config = ConfigDict()
-    config.run = dict(seed=0, total_epochs=120, log_every_steps=100, ema_decay=0.0)
+    config.run = dict(seed=0, total_epochs=120.0, log_every_steps=100, ema_decay=0.0)
     config.data = dict(
         source=dict(name="digits"),
         train_split="train",
@@ -45,9 +45,9 @@ def get_config() -> ConfigDict:
         learning_rate=2e-3,
         weight_decay=0.05,
         schedule="cosine",
-        warmup_epochs=10,
+        warmup_epochs=10.0,
         clip_norm=1.0,
     )
-    config.checkpoint = dict(every_epochs=20, keep_last=2, best_metric="test/top1")
-    config.evals = dict(test=dict(type="classification", every_epochs=20))
+    config.checkpoint = dict(every_epochs=20.0, keep_last=2, best_metric="test/top1")
+    config.evals = dict(test=dict(type="classification", every_epochs=20.0))
     return config

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vit_flax.job import build
     from vit_flax.models import ViT
-    from vit_flax.train import evaluate, train
+    from vit_flax.trainer import evaluate, train
 
 # Public name -> the module that has it. Imported when first used, so that `import vit_flax` costs nothing.
 _PUBLIC = {
     "ViT": "vit_flax.models",
     "build": "vit_flax.job",
-    "evaluate": "vit_flax.train",
-    "train": "vit_flax.train",
+    "evaluate": "vit_flax.trainer",
+    "train": "vit_flax.trainer",
 }
 
 __all__ = ["ViT", "build", "evaluate", "train"]
@@ -22,6 +22,5 @@ __all__ = ["ViT", "build", "evaluate", "train"]
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'vit_flax' has no attribute {name!r}; it has {', '.join(_PUBLIC)}")
-    # Set for good: importing the module vit_flax.train has put the module itself under the name `train`.
     value = globals()[name] = getattr(importlib.import_module(_PUBLIC[name]), name)
     return value

@@ -131,8 +131,10 @@ class Checkpoints:
             if diff := _differing(meta[what], ours):
                 rows = [f"  {key}: checkpoint {theirs!r}, now {now!r}" for key, (theirs, now) in diff.items()]
                 raise CheckpointMismatch(
-                    f"Checkpoint {step} in {self._manager.directory} belongs to another run ({len(diff)} differences in "
-                    f"{what}):\n" + "\n".join(rows[:20]) + "\nUse another --workdir, or the config that made it."
+                    f"Checkpoint {step} in {self._manager.directory} belongs to another run; "
+                    f"{len(diff)} differences in {what}:\n"
+                    + "\n".join(rows[:20])
+                    + "\nUse another --workdir, or the config that made it."
                 )
 
     def latest_step(self) -> int | None:

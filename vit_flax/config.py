@@ -12,7 +12,11 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from vit_flax.typing import Array
+
+Config = ConfigDict | Mapping[str, Any]
 
 # The numbers that a sweep may vary without another program: they reach the step as traced values (see TrainState).
 HPARAMS = (
@@ -29,6 +33,11 @@ HPARAMS = (
 
 class ConfigError(ValueError):
     """The config cannot be run; the message names the key, what was found and what to do."""
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """The config as nested dicts."""
+    return config.to_dict() if isinstance(config, ConfigDict) else dict(config)
 
 
 def check_names(where: str, given: Iterable[str], known: Iterable[str], required: Iterable[str] = ()) -> None:
@@ -139,7 +148,7 @@ def hparams_of(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 
 def bind(function: Callable[..., Any], name: str, section: Mapping[str, Any]) -> Callable[..., Any]:
-    """`function` with the section as keyword arguments; traced `hparams` of that section take the place of its numbers."""
+    """`function` with the section as keyword arguments, where traced `hparams` take the place of the numbers."""
 
     def bound(*args: Any, hparams: Mapping[str, Array], **kwargs: Any) -> Any:
         traced = {k.removeprefix(f"{name}."): v for k, v in hparams.items() if k.startswith(f"{name}.")}

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from vit_flax import sharding, workdir
 from vit_flax.augment import augment, normalize
 from vit_flax.checkpoint import Checkpoints
-from vit_flax.config import ConfigError, bind, check_names, check_section, hparams_of, in_steps
+from vit_flax.config import Config, ConfigError, bind, check_names, check_section, hparams_of, in_steps, plain
 from vit_flax.data import Data, make_data
 from vit_flax.evals import EVALS
 from vit_flax.hooks import Every, Hook
@@ -175,7 +175,7 @@ SECTIONS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
 }
 
 
-def build(config: Mapping[str, Any]) -> Job:
+def build(config: Config) -> Job:
     """Checks a config and turns it into parts; reads headers of the data and one picture, compiles nothing.
 
     Args:
@@ -183,11 +183,16 @@ def build(config: Mapping[str, Any]) -> Job:
 
     Raises: ConfigError: names the key, what was found and what to do.
     """
-    config = config.to_dict() if hasattr(config, "to_dict") else dict(config)  # type: ignore[attr-defined]
+    config = plain(config)
     check_names("", config, SECTIONS, required=SECTIONS)
     check_section("data", config["data"], make_data)
     with _named("data"):
         data = make_data(**config["data"])
+    if data.batch_size > data.num_train:
+        raise ConfigError(
+            f"data.batch_size={data.batch_size} is larger than the {data.num_train} examples of "
+            f"{config['data']['train_split']!r}: choose a smaller batch or a larger split."
+        )
     steps_per_epoch = data.num_train / data.batch_size
     evals = {f"evals.{name}": section for name, section in config["evals"].items()}
     given = {name: section for name, section in config.items() if name != "evals"} | evals

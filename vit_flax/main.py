@@ -47,9 +47,9 @@ def _run() -> None:
 
         dry_run(_CONFIG.value)
         return
-    from vit_flax import train
+    from vit_flax.trainer import evaluate, train
 
-    run = {"train": train.train, "eval": train.evaluate}[_MODE.value]
+    run = {"train": train, "eval": evaluate}[_MODE.value]
     run(_CONFIG.value, _WORKDIR.value)
 
 

@@ -39,7 +39,7 @@ class Writer:
             path = workdir / "metrics.jsonl"
             if path.exists():
                 write_atomically(path, "".join(_lines_until(path, start_step)))
-            self._jsonl = open(path, "a", buffering=1)
+            self._jsonl = open(path, "a", buffering=1)  # noqa: SIM115  (closed by __exit__)
             self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1 if start_step else None)
         self._progress: Progress | None = None
         if self.console.is_terminal:

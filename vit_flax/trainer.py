@@ -1,21 +1,20 @@
 """`train(config, workdir)`: build the parts, restore, loop, close."""
 
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from vit_flax import sharding, workdir
 from vit_flax.checkpoint import Checkpoints
+from vit_flax.config import Config
 from vit_flax.hooks import EXIT_PREEMPTED, Every, StopSignal
 from vit_flax.job import Job, build
 from vit_flax.step import TrainState
 from vit_flax.writer import Writer, print_results
 
 
-def train(config: Mapping[str, Any], workdir_path: str | Path) -> tuple[TrainState, dict[str, float]]:
+def train(config: Config, workdir_path: str | Path) -> tuple[TrainState, dict[str, float]]:
     """Trains what the config says, or goes on where an earlier call in the same workdir stopped.
 
     Args:
@@ -69,7 +68,7 @@ def _loop(
     return state, {**{f"train/{name}": value for name, value in log.last.items()}, **results}
 
 
-def evaluate(config: Mapping[str, Any], workdir_path: str | Path) -> dict[str, float]:
+def evaluate(config: Config, workdir_path: str | Path) -> dict[str, float]:
     """Evaluates the newest checkpoint of a workdir.
 
     Raises: FileNotFoundError: there is none. Otherwise as `train`.

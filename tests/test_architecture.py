@@ -1,0 +1,135 @@
+"""The shape of the package, as rules that a change can break: who imports whom, sizes, public names, no TensorFlow."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vit_flax
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "vit_flax"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+NUMERIC = {"jax", "flax", "optax", "numpy", "ml_dtypes", "vit_flax.typing"}
+# Module (or package) -> what it may import besides the standard library.
+MAY_IMPORT = {
+    "vit_flax.models": NUMERIC | {"vit_flax.models"},
+    "vit_flax.losses": NUMERIC,
+    "vit_flax.metrics": NUMERIC,
+    "vit_flax.augment": NUMERIC,
+    "vit_flax.optim": NUMERIC | {"vit_flax.schedules", "vit_flax.param_groups"},
+    "vit_flax.schedules": NUMERIC,
+    "vit_flax.param_groups": NUMERIC,
+    "vit_flax.step": NUMERIC,
+    "vit_flax.sharding": NUMERIC,
+    "vit_flax.config": {"vit_flax.typing", "ml_collections"},
+    "vit_flax.convert": NUMERIC | {"vit_flax.models", "vit_flax.convert", "safetensors", "absl", "rich", "PIL"},
+}
+# Nothing may import these; they are commands, or known to commands only.
+IMPORTED_BY_NOBODY = ("vit_flax.main", "vit_flax.convert", "vit_flax.dry_run", "vit_flax.benchmark")
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports_of(path: Path, top_level_only: bool = False) -> set[str]:
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def within(name: str, packages: set[str] | tuple[str, ...]) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_point_inwards(path):
+    name = module_name(path)
+    for layer, allowed in MAY_IMPORT.items():
+        if within(name, (layer,)):
+            foreign = {i for i in imports_of(path) if i.split(".")[0] not in sys.stdlib_module_names}
+            wrong = {i for i in foreign if not within(i, allowed)}
+            assert not wrong, f"{name} is in the layer {layer}, which must not import {sorted(wrong)}"
+    if not within(name, IMPORTED_BY_NOBODY) and name != "vit_flax":
+        commands = {i for i in imports_of(path, top_level_only=True) if within(i, IMPORTED_BY_NOBODY)}
+        assert not commands, f"{name} imports the command {sorted(commands)}"
+
+
+def test_models_and_data_do_not_know_each_other():
+    for path in FILES:
+        name = module_name(path)
+        if within(name, ("vit_flax.data",)) and not path.stem == "show":
+            assert not any(
+                within(i, ("vit_flax.models", "vit_flax.step", "vit_flax.trainer")) for i in imports_of(path)
+            )
+            assert not any(within(i, ("jax", "flax")) for i in imports_of(path, top_level_only=True)), name
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_files_and_functions_stay_small(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 500, f"{path.name} has outgrown one subject"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            first = node.body[0]
+            doc = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+            start = (first.end_lineno or 0) if doc else node.lineno
+            lines = (node.end_lineno or 0) - start
+            assert lines <= 90, f"{path.name}:{node.name} has {lines} lines"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_public_functions_and_classes_are_documented(path):
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{module_name(path)}.{node.name} has no docstring"
+
+
+def test_configs_import_ml_collections_only():
+    for path in (ROOT / "configs").glob("*.py"):
+        foreign = {i.split(".")[0] for i in imports_of(path)} - set(sys.stdlib_module_names)
+        assert foreign <= {"ml_collections"}, path.name
+
+
+def test_public_names_resolve_to_what_they_say():
+    for name in vit_flax.__all__:
+        assert getattr(vit_flax, name).__name__ == name
+
+
+def test_import_of_the_package_loads_nothing_heavy():
+    code = "import sys, vit_flax; print([m for m in ('jax', 'flax', 'grain', 'PIL') if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT).strip() == "[]"
+
+
+def test_main_job_needs_neither_tensorflow_nor_torch(tmp_path):
+    """Runs the main job's own imports and two of its steps with a finder that refuses both."""
+    code = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in ('tensorflow', 'torch'):
+            raise ModuleNotFoundError(f'No module named {name!r}', name=name)
+sys.meta_path.insert(0, Refuse())
+sys.path.insert(0, 'configs')
+import digits
+from vit_flax import train
+config = digits.get_config()
+config.run.total_epochs = 0.1
+config.model.depth = 1
+_, results = train(config, sys.argv[1])
+assert 'test/top1' in results
+assert not {'tensorflow', 'torch'} & set(sys.modules)
+print('trained')
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], text=True, cwd=ROOT, capture_output=True)
+    assert done.stdout.strip().endswith("trained"), done.stderr[-2000:]

@@ -1,0 +1,186 @@
+"""The whole path: train, evaluate, checkpoint, resume; and what happens when something is wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from tests.helpers import metrics_lines, tiny_config
+from vit_flax.config import ConfigError
+from vit_flax.hooks import EXIT_PREEMPTED
+from vit_flax.job import build
+from vit_flax.trainer import evaluate, train
+
+ROOT = Path(__file__).parent.parent
+
+
+def raw(state):
+    """Bits of every leaf."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    unkeyed = (
+        (p, jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x) for p, x in leaves
+    )
+    return {jax.tree_util.keystr(p): np.asarray(x).tobytes() for p, x in unkeyed}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An uninterrupted run: state, results, workdir."""
+    workdir = tmp_path_factory.mktemp("straight")
+    config = tiny_config(run__ema_decay=0.9)
+    state, results = train(config, workdir)
+    return state, results, workdir
+
+
+def test_run_writes_everything_it_promises(finished):
+    state, results, workdir = finished
+    assert int(state.step) == 10
+    record = json.loads((workdir / "config.json").read_text())
+    assert record["config"]["model"]["width"] == 8
+    assert record["versions"]["jax"] == jax.__version__
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines if "train/loss" in x] == [2, 4, 6, 8, 10]
+    assert [x["step"] for x in lines if "test/top1" in x] == [5, 10]
+    assert [x["test/count"] for x in lines if "test/count" in x] == [
+        359,
+        359,
+    ]  # 359 = 5 * 64 + 39: each example once, padding not counted
+    assert list((workdir / "tensorboard").iterdir())
+    assert {int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()} >= {8, 10}
+    assert {"test/top1", "test/ema_top1", "train/loss"} <= results.keys()
+
+
+def test_loss_falls(finished):
+    lines = [json.loads(line) for line in (finished[2] / "metrics.jsonl").read_text().splitlines()]
+    losses = [x["train/loss"] for x in lines if "train/loss" in x]
+    assert losses[-1] < losses[0]
+
+
+class Killed(Exception):
+    pass
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(finished, tmp_path, monkeypatch):
+    """Ends a run at step 7, between the checkpoint of step 4 and that of step 8, and starts the same command again."""
+    config = tiny_config(run__ema_decay=0.9)
+    from vit_flax import job
+
+    whole = job.Job.train_batches
+
+    def cut(self, start_step):
+        for number, batch in enumerate(whole(self, start_step)):
+            if number == 7:
+                raise Killed
+            yield batch
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(job.Job, "train_batches", cut)
+        train(config, tmp_path)
+    state, _ = train(config, tmp_path)
+    assert raw(state) == raw(finished[0])
+    assert metrics_lines(tmp_path) == metrics_lines(finished[2])
+
+
+def test_running_a_finished_job_again_changes_nothing(finished):
+    state, _, workdir = finished
+    before = metrics_lines(workdir)
+    again, _ = train(tiny_config(run__ema_decay=0.9), workdir)
+    assert raw(again) == raw(state)
+    assert metrics_lines(workdir) == before
+
+
+def test_evaluate_gives_the_metrics_of_the_last_checkpoint(finished):
+    _, results, workdir = finished
+    again = evaluate(tiny_config(run__ema_decay=0.9), workdir)
+    assert again == {k: v for k, v in results.items() if k.startswith("test/")}
+
+
+def test_another_experiment_in_the_workdir_is_refused(finished):
+    workdir = finished[2]
+    before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file() and p.name != "lock"}
+    with pytest.raises(ConfigError, match=r"model\.width: there 8, here 16"):
+        train(tiny_config(run__ema_decay=0.9, model__width=16), workdir)
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    # What changes neither parameters nor data may differ.
+    train(tiny_config(run__ema_decay=0.9, run__log_every_steps=5), workdir)
+
+
+def test_two_trainers_in_one_workdir(finished):
+    from vit_flax import workdir as folder
+
+    with folder.lock(finished[2]), pytest.raises(RuntimeError, match=f"in use by process {os.getpid()} on"):
+        train(tiny_config(run__ema_decay=0.9), finished[2])
+
+
+def test_sigterm_saves_and_exits_with_the_documented_code(tmp_path):
+    code = (
+        "import sys; from tests.helpers import tiny_config; from vit_flax import train\n"
+        "config = tiny_config(run__total_steps=1000000, run__log_every_steps=5, checkpoint__every_steps=1000000)\n"
+        "train(config, sys.argv[1])"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step "):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    process.stdout.close()
+    assert process.wait(timeout=60) == EXIT_PREEMPTED
+    assert "Stopped by SIGTERM after step" in rest
+    saved = [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
+    assert len(saved) == 1
+    assert f"after step {saved[0]};" in rest
+
+
+def test_not_finite_steps_change_nothing_and_end_the_run(tmp_path):
+    config = tiny_config(optim__learning_rate=float("1e38"), optim__clip_norm=0.0, run__max_skipped_steps=3)
+    config.run.total_steps = 40
+    config.optim.warmup_steps = 0
+    with pytest.raises(FloatingPointError, match="3 steps in a row"):
+        train(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.model.update(dict(widht=3)), r"unknown key model\.widht: did you mean model\.width\?"),
+        (lambda c: c.update(dict(modle=dict(a=1))), r"unknown key modle: did you mean model\?"),
+        (lambda c: c.optim.update(dict(weigth_decay=1.0)), r"optim\.weigth_decay"),
+        (lambda c: c.augment.update(dict(mixup=0.2)), r"unknown key augment\.mixup"),
+        (lambda c: c.evals.test.update(dict(evry_steps=3)), r"unknown key evals\.test\.evry_steps"),
+        (lambda c: c.data.source.update(dict(nam="x")), "nam"),
+        (lambda c: c.run.update(dict(total_epochs=3)), "both total_epochs and total_steps"),
+        (lambda c: c.model.update(dict(num_classes=7)), r"model\.num_classes=7, but the data has 10"),
+        (lambda c: c.model.update(dict(patch_size=3)), "patch size 3x3 does not divide the image size 8x8"),
+        (lambda c: c.model.update(dict(pool="max")), r"model\.pool='max' is unknown"),
+        (lambda c: c.model.update(dict(num_heads=3)), r"model\.num_heads=3 must divide model\.width=8"),
+        (lambda c: c.loss.update(dict(name="mse")), r"loss\.name='mse' is unknown"),
+        (lambda c: c.data.source.update(dict(name="nothing")), "nothing"),
+        (lambda c: c.data.update(dict(batch_size=5000)), "5000"),
+        (lambda c: c.__delitem__("loss"), "missing key loss"),
+        (lambda c: c.optim.__delitem__("learning_rate"), r"missing key optim\.learning_rate"),
+    ],
+)
+def test_bad_configs_are_named_before_anything_starts(change, message, tmp_path):
+    config = tiny_config()
+    with config.unlocked():
+        change(config)
+    with pytest.raises(ConfigError, match=message):
+        train(config, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_wrong_type_in_the_file_is_named():
+    config = tiny_config().to_dict()
+    config["model"]["width"] = "8"
+    with pytest.raises(ConfigError, match=r"model\.width: expected int, found '8' \(str\)"):
+        build(config)
