@@ -79,9 +79,10 @@ def test_resumed_equals_uninterrupted_bit_for_bit(finished, tmp_path, monkeypatc
                 raise Killed
             yield batch
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(job.Job, "train_batches", cut)
+    monkeypatch.setattr(job.Job, "train_batches", cut)
+    with pytest.raises(Killed):
         train(config, tmp_path)
+    monkeypatch.undo()
     state, _ = train(config, tmp_path)
     assert raw(state) == raw(finished[0])
     assert metrics_lines(tmp_path) == metrics_lines(finished[2])

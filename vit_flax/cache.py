@@ -17,6 +17,6 @@ def enable_compilation_cache() -> None:
 
     A folder that JAX was told to use (`JAX_COMPILATION_CACHE_DIR`) stays in charge.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if not jax.config.values["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

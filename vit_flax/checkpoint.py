@@ -106,11 +106,11 @@ class Checkpoints:
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             try:
-                meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+                meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
                 self._check_same_run(step, meta, target, identity)
-                state = self._manager.restore(
-                    step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
-                ).state
+                state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))[
+                    "state"
+                ]
                 if damaged := _differing(meta["checksums"], checksums(state)):
                     raise OSError(f"the checksum differs in {', '.join(list(damaged)[:5])}")
                 return state

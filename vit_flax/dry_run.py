@@ -67,5 +67,5 @@ def _fake_batch(job: Job) -> dict[str, jax.Array]:
 
 
 def _mib(tree: PyTree) -> str:
-    leaves = [x for x in jax.tree.leaves(tree) if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)]
+    leaves = [x for x in jax.tree.leaves(tree) if not jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key)]
     return f"{sum(x.size * x.dtype.itemsize for x in leaves) / MIB:,.1f} MiB"

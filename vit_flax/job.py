@@ -162,8 +162,9 @@ class Job:
         return [hook(name, self.sections[f"evals.{name}"]) for name in self.config["evals"]]
 
 
-# Section -> the callable whose signature is its schema, and the arguments that the program supplies itself.
-SECTIONS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
+# Section -> the callable whose signature is its schema (or a dict of them, by name), and the arguments that the
+# program supplies itself.
+SECTIONS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "run": (Run, ()),
     "data": (make_data, ()),
     "model": (make_model, ("fields",)),

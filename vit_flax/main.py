@@ -1,10 +1,20 @@
-"""The launcher: python -m vit_flax.main --config configs/digits.py --workdir runs/digits [--config.optim.lr=...]."""
+"""The launcher: python -m vit_flax.main --config configs/digits.py --workdir runs/digits [--config.optim.lr=1e-3].
 
+Exit codes: 0 done · 1 wrong command line · 2 an error with a message · 75 stopped by a signal after saving (the same
+command goes on from there).
+"""
+
+import difflib
 import os
+import re
+import runpy
 import sys
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
+
+from vit_flax.config import flatten, plain
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment: a Python file with get_config(), or FILE:ARGUMENT.", lock_config=True
@@ -17,41 +27,69 @@ _MODE = flags.DEFINE_enum(
     "train (or go on), evaluate the newest checkpoint, or print what would be trained.",
 )
 
-flags.mark_flag_as_required("config")
-
 
 def main(argv: list[str]) -> None:
     """Runs one mode; what the user can put right ends with a message and exit code 2, without a traceback."""
     if len(argv) > 1:
-        raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}. Options start with --config.")
-    if _MODE.value != "dry_run" and not _WORKDIR.value:
-        raise app.UsageError("--workdir is needed: a folder for checkpoints and metrics.")
-    from vit_flax.config import ConfigError
-
+        _stop(f"unexpected argument {argv[1]!r}: options start with --config, --workdir or --mode.")
     try:
-        _run()
-    except (ConfigError, FileNotFoundError, RuntimeError, OSError, FloatingPointError) as error:
-        if os.environ.get("VIT_FLAX_TRACEBACK"):
-            raise
-        print(f"\nerror: {error}\n(VIT_FLAX_TRACEBACK=1 shows where.)", file=sys.stderr)
-        sys.exit(2)
-
-
-def _run() -> None:
+        config = _CONFIG.value
+    except OSError as error:
+        _stop(str(error))
+    if config is None:
+        _stop("--config is needed, such as --config configs/digits.py.")
+    if _MODE.value != "dry_run" and not _WORKDIR.value:
+        _stop("--workdir is needed: a folder for checkpoints and metrics.")
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
-    from vit_flax import cache
-
-    cache.enable_compilation_cache()
-    if _MODE.value == "dry_run":
-        from vit_flax.dry_run import dry_run
-
-        dry_run(_CONFIG.value)
-        return
+    from vit_flax.cache import enable_compilation_cache
+    from vit_flax.dry_run import dry_run
     from vit_flax.trainer import evaluate, train
 
-    run = {"train": train, "eval": evaluate}[_MODE.value]
-    run(_CONFIG.value, _WORKDIR.value)
+    enable_compilation_cache()
+    try:
+        if _MODE.value == "dry_run":
+            dry_run(config)
+        else:
+            {"train": train, "eval": evaluate}[_MODE.value](config, _WORKDIR.value)
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+        if os.environ.get("VIT_FLAX_TRACEBACK"):
+            raise
+        _stop(f"{error}\n(VIT_FLAX_TRACEBACK=1 shows where.)", code=2)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """The parser of absl, with a message instead of a traceback for a key that the config does not have."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        _stop(_explain(argv, str(error)))
+
+
+def _explain(argv: list[str], error: str) -> str:
+    """What is wrong with the overrides, given that ml_collections could not apply them."""
+    file = re.search(r"--config[= ]([^ :]+):?([^ ]*)", " ".join(argv))
+    get_config = runpy.run_path(file[1])["get_config"] if file and os.path.isfile(file[1]) else None
+    if get_config is None:
+        return f"the config cannot be loaded: {error}"
+    known = flatten(plain(get_config(file[2]) if file and file[2] else get_config()))
+    for argument in argv[1:]:
+        key = argument.removeprefix("--config.").partition("=")[0]
+        if argument.startswith("--config.") and key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            section = [name for name in known if name.startswith(key.partition(".")[0] + ".")]
+            return (
+                f"the config has no key {key!r}."
+                + (f" Did you mean {near[0]}?" if near else "")
+                + f"\nThere are: {', '.join(section or known)}."
+                + "\nAn option that the file leaves at its default has to be written into the file first."
+            )
+    return f"the config cannot be loaded: {error}"
+
+
+def _stop(message: str, code: int = 1) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -1,5 +1,8 @@
 """The device mesh, and where the state and the batch lie on it."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -7,7 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from vit_flax.typing import PyTree
 
 
-def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     """All devices (of all processes) on one axis, "data"."""
     devices = jax.devices() if devices is None else devices
     # Auto: Linen's dropout cannot make its masks under Explicit axes.

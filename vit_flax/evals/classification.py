@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 
@@ -22,7 +23,7 @@ class Classification:
     def __init__(
         self,
         *,
-        apply: Callable[..., tuple[Array, dict]],
+        apply: Callable[..., Any],
         normalize: Callable[[Array], Array],
         batches: Callable[[], Iterable[dict[str, Array]]],
     ):
@@ -44,5 +45,5 @@ class Classification:
 
     def _evaluate(self, params: PyTree) -> dict[str, float]:
         # All batches are dispatched before the first result is fetched.
-        sums = [self._sums(params, batch) for batch in self._batches()]
-        return metrics.summarise(functools.reduce(metrics.add_sums, sums, None))
+        first, *rest = [self._sums(params, batch) for batch in self._batches()]
+        return metrics.summarise(functools.reduce(metrics.add_sums, rest, metrics.add_sums(None, first)))

@@ -326,7 +326,7 @@ class Encoder(nn.Module):
                 length=self.depth,
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(0, nn.broadcast),
+                in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             )
             return blocks(**arguments, name="blocks")(x, drop_rates, rotation)
         outs = []
