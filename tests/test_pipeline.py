@@ -176,6 +176,8 @@ def test_multi_label():
         ({"batch_size": 11}, "larger than the 10 examples"),
         ({"batch_size": 4, "process_index": 2, "process_count": 2}, "outside 0..1"),
         ({"batch_size": 4, "num_threads": 0}, "num_threads"),
+        ({"batch_size": 4, "num_workers": -1}, "num_workers"),
+        ({"batch_size": 4, "start_step": -1}, "start_step"),
         ({"batch_size": 4, "decode_once": True, "transform": AddNoise()}, "random numbers"),
     ],
 )

@@ -59,7 +59,7 @@ def train_batches(
       num_workers: worker processes; 0: threads of this process only. Workers need the main script to be importable
         (`if __name__ == "__main__":`).
       decode_once: decode the whole set into memory first and batch by index. "auto": where it takes less than 1 GiB
-        and the transform is deterministic. The batches are the same.
+        and the transform is deterministic. The batches are the same; workers are not needed and not started.
       on_error: "raise", or "skip": a picture that cannot be read is replaced by the next one, logged and counted.
 
     Raises:
@@ -67,7 +67,10 @@ def train_batches(
         pictures of different sizes after the transform.
       DecodeError: a bad picture; as every error about a record, it names it. It may come with any batch.
     """
-    local_batch_size = _local_batch_size(batch_size, process_index, process_count, num_threads, num_workers)
+    local_batch_size = _local_batch_size(batch_size, process_index, process_count)
+    _check_reading(num_threads, num_workers)
+    if start_step < 0:
+        raise ValueError(f"start_step={start_step} must not be negative")
     if batch_size > len(source):
         raise ValueError(f"batch_size={batch_size} is larger than the {len(source)} examples of {source!r}")
     read = Reader(source, transform, on_error=on_error, replace=True)
@@ -103,7 +106,8 @@ def eval_batches(
     and so has, with on_error="skip", a picture that cannot be read. The arguments are those of `train_batches`, but the
     transform must not be random and a batch may be larger than the split.
     """
-    local_batch_size = _local_batch_size(batch_size, process_index, process_count, num_threads, num_workers)
+    local_batch_size = _local_batch_size(batch_size, process_index, process_count)
+    _check_reading(num_threads, num_workers)
     if not getattr(transform, "deterministic", False):
         raise ValueError("the transforms of an evaluation must not draw random numbers")
     read = Reader(source, transform, on_error=on_error, replace=False)
@@ -181,18 +185,19 @@ class Batches(Iterator[Batch]):
         self.skipped.update(rows)
 
 
-def _local_batch_size(
-    batch_size: int, process_index: int, process_count: int, num_threads: int | None, num_workers: int
-) -> int:
+def _local_batch_size(batch_size: int, process_index: int, process_count: int) -> int:
     if batch_size < 1 or batch_size % process_count:
         raise ValueError(f"batch_size={batch_size} must be a positive multiple of the {process_count} processes")
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index={process_index} is outside 0..{process_count - 1}")
+    return batch_size // process_count
+
+
+def _check_reading(num_threads: int | None, num_workers: int) -> None:
     if num_threads is not None and num_threads < 1:
         raise ValueError(f"num_threads={num_threads} must be at least 1, or None")
     if num_workers < 0:
         raise ValueError(f"num_workers={num_workers} must not be negative")
-    return batch_size // process_count
 
 
 def _decode_once(decode_once: DecodeOnce, read: Reader, num_rows: int) -> Batch | None:

@@ -19,7 +19,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -198,30 +198,25 @@ def _start_worker(counter: Any, stop: Any) -> None:
 
 def _write_shard(source: Source, path: Path, rows: range, encode: Any, on_error: OnError) -> None:
     """Writes one shard beside its place and renames it, with a note of how many records it has."""
-    from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+    skipped: list[str] = []
+
+    def packed() -> Iterator[bytes]:
+        for row in rows:
+            if _stop.is_set():
+                raise KeyboardInterrupt
+            try:
+                example = source[row]
+                checked_label(example, len(source.class_names))
+                yield records.pack({**example, "image": encode(example["image"], example["id"])})
+            except (DecodeError, OSError) as error:
+                if on_error == "raise":
+                    raise
+                skipped.append(str(error))
+            with _counter.get_lock():
+                _counter.value += 1
 
     part = path.with_name(f".{path.name}.part")
-    writer = ArrayRecordWriter(str(part), records.WRITER_OPTIONS)
-    skipped = []
-    for row in rows:
-        if _stop.is_set():
-            raise KeyboardInterrupt
-        try:
-            example = source[row]
-            checked_label(example, len(source.class_names))
-            image = encode(example["image"], example["id"])
-        except (DecodeError, OSError) as error:
-            if on_error == "raise":
-                raise
-            skipped.append(str(error))
-            continue
-        writer.write(records.pack({**example, "image": image}))
-        with _counter.get_lock():
-            _counter.value += 1
-    writer.close()
-    num_records = len(rows) - len(skipped)
-    if (found := ArrayRecordReader(str(part)).num_records()) != num_records:
-        raise OSError(f"{part} has {found} records after writing {num_records}; is the disk full?")
+    num_records = records.write_shard(part, packed())
     _write_json(_note(path), {"num_records": num_records, "skipped": skipped})
     os.replace(part, path)
 

@@ -8,6 +8,7 @@ import bisect
 import itertools
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,30 @@ def pack(example: dict[str, Any]) -> bytes:
     record = msgpack.packb({"image": example["image"], "label": label, "id": example["id"]})
     assert record is not None
     return record
+
+
+def write_shard(path: Path, values: Iterable[bytes]) -> int:
+    """Writes records to one file and returns their number.
+
+    Raises:
+      OSError: the file cannot be written, for example because the disk is full.
+    """
+    from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+    count = 0
+    writer = ArrayRecordWriter(str(path), WRITER_OPTIONS)
+    try:
+        for value in values:
+            writer.write(value)
+            count += 1
+    finally:
+        try:
+            writer.close()
+        except RuntimeError as error:  # array_record reports a full disk only here
+            raise OSError(f"cannot write {path}: {error}") from error
+    if (found := ArrayRecordReader(str(path)).num_records()) != count:
+        raise OSError(f"{path} has {found} records after writing {count}")
+    return count
 
 
 def unpack(record: bytes) -> dict[str, Any]:

@@ -51,7 +51,9 @@ def convert_tfds(directory: str | os.PathLike[str], out: str | os.PathLike[str])
     def write(scratch: Path) -> None:
         total = 0
         for shard in _progress(shards):
-            total += _write(scratch / shard.name.replace(".tfrecord", ".array_record"), read_tfrecord(shard))
+            total += records.write_shard(
+                scratch / shard.name.replace(".tfrecord", ".array_record"), read_tfrecord(shard)
+            )
         if total != sum(lengths):
             raise ValueError(f"{source} holds {total} records, {TFDS_INFO} says {sum(lengths)}")
         for file in source.iterdir():
@@ -96,7 +98,9 @@ def convert_examples(
         splits = {}
         for split, shards in files.items():
             names = [f"{split}-{i:05d}-of-{len(shards):05d}.array_record" for i in range(len(shards))]
-            counts = [_write(scratch / name, examples(shard)) for name, shard in zip(names, _progress(shards))]
+            counts = [
+                records.write_shard(scratch / name, examples(shard)) for name, shard in zip(names, _progress(shards))
+            ]
             splits[split] = {"shards": dict(zip(names, counts))}
         index = {"name": "tfrecord", "class_names": list(class_names), "splits": splits}
         digest = hashlib.sha256(json.dumps(index).encode()).hexdigest()[:16]
@@ -128,18 +132,6 @@ def _parse_example(record: bytes, image_key: str, label_key: str, record_id: str
         found = f"{len(images)} byte strings and {len(labels)} integers"
         raise ValueError(f"{record_id}: expected one picture in {image_key!r} and one in {label_key!r}, found {found}")
     return {"image": images[0], "label": labels[0], "id": record_id}
-
-
-def _write(path: Path, values: Iterator[bytes]) -> int:
-    from array_record.python.array_record_module import ArrayRecordWriter
-
-    writer = ArrayRecordWriter(str(path), records.WRITER_OPTIONS)
-    count = 0
-    for value in values:
-        writer.write(value)
-        count += 1
-    writer.close()
-    return count
 
 
 def _progress(shards: Sequence[Path]) -> Iterator[Path]:
