@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import numpy as np
@@ -42,6 +43,7 @@ def test_arrays(tmp_path, kind):
         "split": "train",
         "num_examples": 6,
         "class_names": ["0", "1", "2"],
+        "digest": hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest()[:16],
     }
 
 

@@ -5,10 +5,10 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from vit_flax.data.pipeline import Batches, DecodeOnce, EvalBatches, Transform, eval_batches, train_batches
+from vit_flax.data.pipeline import Batches, DecodeOnce, EvalBatches, eval_batches, train_batches
+from vit_flax.data.read import OnError, Reader, Transform
 from vit_flax.data.sources import SOURCES, Source, make_source
+from vit_flax.data.transforms import make_transform
 
 __all__ = [
     "SOURCES",
@@ -35,6 +35,7 @@ def make_data(
     num_threads: int | None = None,
     num_workers: int = 0,
     decode_once: DecodeOnce = "auto",
+    on_error: OnError = "raise",
 ) -> "Data":
     """Opens both splits of a source and checks them against each other; reads no picture yet.
 
@@ -49,12 +50,11 @@ def make_data(
       num_threads: see `train_batches`, as for the rest.
       num_workers: worker processes, 0 for none.
       decode_once: "auto", True or False.
+      on_error: "raise" or "skip".
 
     Raises:
       ValueError: an unknown source, split or transform, or splits with different classes.
     """
-    from vit_flax.data.transforms import make_transform
-
     train_source = make_source(split=train_split, **source)
     eval_source = make_source(split=eval_split, **source)
     if train_source.class_names != eval_source.class_names:
@@ -69,7 +69,12 @@ def make_data(
         eval_batch_size=eval_batch_size,
         train_transform=make_transform([dict(op) for op in train_transforms]),
         eval_transform=make_transform([dict(op) for op in eval_transforms]),
-        reading={"num_threads": num_threads, "num_workers": num_workers, "decode_once": decode_once},
+        reading={
+            "num_threads": num_threads,
+            "num_workers": num_workers,
+            "decode_once": decode_once,
+            "on_error": on_error,
+        },
     )
 
 
@@ -83,7 +88,7 @@ class Data:
     eval_batch_size: int
     train_transform: Transform
     eval_transform: Transform
-    reading: dict[str, Any]  # how to read: num_threads, num_workers, decode_once; no influence on the batches
+    reading: dict[str, Any]  # num_threads, num_workers, decode_once, on_error: how to read, not what
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -100,8 +105,9 @@ class Data:
     @functools.cached_property
     def image_shape(self) -> tuple[int, int, int]:
         """Height, width and channels of the images in a batch; decodes the first one."""
-        rng = np.random.default_rng(0)
-        return tuple(self.train_transform(self.train_source[0], rng)["image"].shape)
+        return Reader(
+            self.train_source, self.train_transform, on_error=self.reading["on_error"], replace=True
+        ).image_shape
 
     def train(self, *, seed: int, start_step: int = 0, process_index: int = 0, process_count: int = 1) -> Batches:
         """Endless training batches from `start_step` on; see `train_batches`."""

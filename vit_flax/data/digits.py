@@ -10,13 +10,14 @@ import importlib.util
 import io
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
+
+from vit_flax.data.datadir import write_once
 
 NUM_EXAMPLES = 1797
 NUM_TEST = 359  # 20 %
@@ -82,27 +83,16 @@ def read_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def prepare_digits(data_dir: str | os.PathLike[str]) -> Path:
-    """Writes the data set below `data_dir` unless it is there, and returns its directory.
+    """Writes the data set below `data_dir` unless it is there (see `write_once`), and returns its directory."""
 
-    The directory appears whole or not at all, so two processes may prepare it at the same time.
-    """
-    name, version = Digits.name, str(Digits.VERSION)
-    final = Path(data_dir).expanduser() / name / version
-    if (final / "dataset_info.json").exists():
-        return final
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".preparing-", dir=final.parent))
-    except OSError as error:
-        raise OSError(f"cannot write the digits data set below {data_dir}: {error}; set VIT_FLAX_DATA_DIR") from error
-    try:
+    def write(scratch: Path) -> None:
         tfds.disable_progress_bar()  # it takes a fraction of a second
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS would announce a download that does not happen
-            Digits(data_dir=scratch, file_format="array_record").download_and_prepare()
-        with contextlib.suppress(OSError):  # another process was faster
-            os.rename(scratch / name / version, final)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    if not (final / "dataset_info.json").exists():
-        raise FileExistsError(f"{final} exists but holds no data set; move it away and run again")
-    return final
+            builder = Digits(data_dir=scratch / "tfds", file_format="array_record")
+            builder.download_and_prepare()
+        for file in Path(builder.data_dir).iterdir():
+            file.rename(scratch / file.name)
+        shutil.rmtree(scratch / "tfds")
+
+    directory = Path(data_dir).expanduser() / Digits.name / str(Digits.VERSION)
+    return write_once(directory, write, marker="dataset_info.json")

@@ -4,13 +4,21 @@ A source reads and nothing else: `image` is the encoded file as it lies on disk 
 decoding, checking and batching are the pipeline's. `make_source(name=..., split=...)` finds a source in `SOURCES`.
 """
 
+import ast
 import difflib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+
+from vit_flax.data.archives import cifar10, cifar100, fashion_mnist, mnist
+from vit_flax.data.arrays import Arrays
+from vit_flax.data.datadir import data_dir_or_default
+from vit_flax.data.folder import Folder
+from vit_flax.data.huggingface import HuggingFace
+from vit_flax.data.records import Records
 
 Example = dict[str, Any]  # {"image": bytes | uint8 [h, w, c], "label": int | int array, "id": str}
 
@@ -51,13 +59,24 @@ def make_source(*, name: str, split: str, **kwargs: Any) -> Source:
     return source
 
 
-def data_dir_or_default(data_dir: str | os.PathLike[str] | None) -> Path:
-    """Where prepared data lie: `data_dir`, else $VIT_FLAX_DATA_DIR, else vit_flax/data in the user's cache folder."""
-    if data_dir is None:
-        data_dir = os.environ.get("VIT_FLAX_DATA_DIR") or Path(
-            os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "vit_flax", "data"
-        )
-    return Path(data_dir).expanduser()
+def parse_source(words: Sequence[str]) -> dict[str, Any]:
+    """Reads a source from a command line: ["folder", "root=DIR"] -> {"name": "folder", "root": "DIR"}.
+
+    Values are Python literals where they can be read as such, else text.
+
+    Raises:
+      ValueError: a word after the first that is no key=value.
+    """
+    source: dict[str, Any] = {"name": words[0]}
+    for word in words[1:]:
+        key, equals, value = word.partition("=")
+        if not equals or not key.isidentifier():
+            raise ValueError(f"expected key=value after the source's name, found {word!r}")
+        try:
+            source[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            source[key] = value
+    return source
 
 
 class Tfds:
@@ -109,7 +128,7 @@ class Tfds:
         except NotImplementedError as error:
             raise ValueError(
                 f"{self.name} is not prepared as array_record; "
-                f"convert it once: python -m vit_flax.data.archives {builder.data_dir} OUT"
+                f"convert it once: python -m vit_flax.data.tfrecord {builder.data_dir} --out DIR"
             ) from error
         except (ValueError, KeyError) as error:
             known = ", ".join(builder.info.splits) or "none"
@@ -134,69 +153,12 @@ class Tfds:
 
     def fingerprint(self) -> dict[str, Any]:
         """See `Source`."""
-        return fingerprint(self.name, self.split, self)
-
-
-class Arrays:
-    """Pictures in memory, or in .npy/.npz files.
-
-    Args:
-      split: which part: a key of `arrays`, or the prefix in `path`.
-      arrays: {split: (images uint8 [n, h, w] or [n, h, w, c], labels int [n] or uint8 [n, v])}.
-      path: an .npz file with `<split>_images` and `<split>_labels`, or a folder with `<split>_images.npy` (read
-        through a memory map, so it may be larger than the memory) and `<split>_labels.npy`.
-      class_names: None: the numbers 0..max as text.
-      name: how messages and fingerprints call it.
-    """
-
-    def __init__(
-        self,
-        *,
-        split: str,
-        arrays: Mapping[str, tuple[Any, Any]] | None = None,
-        path: str | os.PathLike[str] | None = None,
-        class_names: Sequence[str] | None = None,
-        name: str = "arrays",
-    ):
-        if arrays is not None and path is None:
-            if split not in arrays:
-                raise ValueError(f"no split {split!r} in arrays; there are {sorted(arrays)}")
-            images, labels = arrays[split]
-        elif path is not None and arrays is None:
-            images, labels = _load_arrays(Path(path).expanduser(), split)
-        else:
-            raise ValueError("give the arrays source either arrays= or path=")
-        images, labels = np.asanyarray(images), np.asanyarray(labels)
-        if images.ndim == 3:
-            images = images[..., None]
-        if images.dtype != np.uint8 or images.ndim != 4:
-            raise ValueError(f"expected images uint8 [n, h, w] or [n, h, w, c], found {images.dtype} {images.shape}")
-        if labels.dtype.kind not in "iu" or labels.ndim not in (1, 2) or len(labels) != len(images):
-            raise ValueError(
-                f"expected integer labels [n] or [n, v] for {len(images)} images, found {labels.dtype} {labels.shape}"
-            )
-        self.name, self.split, self.images, self.labels = name, split, images, labels
-        if class_names is None:
-            num_classes = labels.shape[1] if labels.ndim == 2 else int(labels.max(initial=-1)) + 1
-            class_names = [str(label) for label in range(num_classes)]
-        self.class_names = tuple(class_names)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Example:
         return {
-            "image": self.images[index],
-            "label": self.labels[index],
-            "id": f"{self.name}:{self.split}[{index}]",
+            "name": self.name,
+            "split": self.split,
+            "num_examples": len(self),
+            "class_names": list(self.class_names),
         }
-
-    def __repr__(self) -> str:
-        return f"Arrays({self.name}, split={self.split!r}, images {self.images.shape})"
-
-    def fingerprint(self) -> dict[str, Any]:
-        """See `Source`."""
-        return fingerprint(self.name, self.split, self)
 
 
 def digits(*, split: str, data_dir: str | os.PathLike[str] | None = None) -> Tfds:
@@ -204,11 +166,6 @@ def digits(*, split: str, data_dir: str | os.PathLike[str] | None = None) -> Tfd
     from vit_flax.data.digits import prepare_digits
 
     return Tfds(split=split, directory=prepare_digits(data_dir_or_default(data_dir)))
-
-
-def fingerprint(name: str, split: str, source: Source) -> dict[str, Any]:
-    """The part of a fingerprint that all sources share."""
-    return {"name": name, "split": split, "num_examples": len(source), "class_names": list(source.class_names)}
 
 
 def _open_dataset(dataset: str, data_dir: str | os.PathLike[str] | None) -> Any:
@@ -237,20 +194,6 @@ def _open_directory(directory: str | os.PathLike[str]) -> Any:
     return tfds.builder_from_directory(path)
 
 
-def _load_arrays(path: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    keys = (f"{split}_images", f"{split}_labels")
-    if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as file:
-            if missing := [key for key in keys if key not in file]:
-                raise ValueError(f"{path} has no {' and no '.join(missing)}; it holds {sorted(file)}")
-            return file[keys[0]], file[keys[1]]
-    files = [path / f"{key}.npy" for key in keys]
-    for file in files:
-        if not file.exists():
-            raise FileNotFoundError(f"the arrays source expects {file} (or an .npz file as path=)")
-    return np.load(files[0], mmap_mode="r", allow_pickle=False), np.load(files[1], allow_pickle=False)
-
-
 def _multi_hot(classes: Any, num_classes: int) -> np.ndarray:
     label = np.zeros(num_classes, np.uint8)
     label[np.asarray(classes, np.int64)] = 1
@@ -258,7 +201,14 @@ def _multi_hot(classes: Any, num_classes: int) -> np.ndarray:
 
 
 SOURCES: dict[str, Callable[..., Source]] = {
-    "digits": digits,
-    "tfds": Tfds,
     "arrays": Arrays,
+    "cifar10": cifar10,
+    "cifar100": cifar100,
+    "digits": digits,
+    "fashion_mnist": fashion_mnist,
+    "folder": Folder,
+    "hf": HuggingFace,
+    "mnist": mnist,
+    "records": Records,
+    "tfds": Tfds,
 }

@@ -1,0 +1,76 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vit_flax.data.arrays import Arrays
+from vit_flax.data.check import check, main
+
+
+def jpeg(width=8, height=6):
+    data = io.BytesIO()
+    Image.fromarray(np.zeros((height, width, 3), np.uint8)).save(data, "JPEG")
+    return data.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for i in range(3):
+            (tmp_path / "train" / name / f"{i}.jpg").write_bytes(jpeg(8 + i))
+    return tmp_path
+
+
+def test_good_source(folder, capsys):
+    assert main(["--source", "folder", f"root={folder}", "--splits", "train"]) == 0
+    expected = "train: 6 records, 0 bad; 2 classes of 3 to 3; pictures from 8x6 to 10x6 px\n"
+    assert capsys.readouterr().out == expected
+
+
+def test_all_bad_files_are_listed_at_once(folder, capsys):
+    bad = {"cat/0.jpg": b"", "cat/2.jpg": jpeg()[:-20], "dog/1.jpg": b"<html>not found</html>"}
+    for path, data in bad.items():
+        (folder / "train" / path).write_bytes(data)
+    assert main(["--source", "folder", f"root={folder}", "--splits", "train"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    for path, line in zip(bad, lines):
+        assert str(folder / "train" / path) in line
+    assert "3 bad; 2 classes of 1 to 2" in lines[-1]
+
+
+def test_a_file_that_disappeared(folder):
+    from vit_flax.data.folder import Folder
+
+    source = Folder(root=folder, split="train")
+    (folder / "train" / "dog" / "2.jpg").unlink()
+    (*_, report) = check(source)
+    assert len(report.problems) == 1
+    assert "dog/2.jpg" in report.problems[0]
+
+
+def test_bad_labels():
+    class Wrong(Arrays):
+        def __getitem__(self, index):
+            return {**super().__getitem__(index), "label": 7 if index == 1100 else 0}
+
+    source = Wrong(split="train", arrays={"train": (np.zeros((1200, 4, 4, 3), np.uint8), np.arange(1200) % 3)})
+    (*_, report) = check(source)
+    assert report.problems == ["arrays:train[1100]: label 7 is outside 0..2 (3 classes)"]
+    assert report.num_examples == 1200
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--source", "foldr", "--splits", "train"], "did you mean 'folder'"),
+        (["--source", "folder", "root", "--splits", "train"], "expected key=value"),
+        (["--source", "folder", "rot=x", "--splits", "train"], "unexpected keyword argument 'rot'"),
+        (["--source", "folder", "root=/nowhere", "--splits", "train"], "/nowhere, found nothing"),
+    ],
+)
+def test_bad_command_lines(capsys, words, message):
+    assert main(words) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,205 @@
+import csv
+import io
+import os
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vit_flax.data.folder import Folder
+from vit_flax.data.sources import Source, make_source
+
+
+def jpeg(shade=0):
+    data = io.BytesIO()
+    Image.fromarray(np.full((6, 8, 3), shade % 256, np.uint8)).save(data, "JPEG")
+    return data.getvalue()
+
+
+def fill(root, classes, num_pictures=3, suffix=".jpg"):
+    for name in classes:
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(num_pictures):
+            (root / name / f"{i}{suffix}").write_bytes(jpeg(i))
+
+
+def paths_of(source):
+    return [os.path.relpath(source[i]["id"], source.root) for i in range(len(source))]
+
+
+def test_class_folders_are_split_by_hash(tmp_path):
+    fill(tmp_path, ["cat", "dog"], 100)
+    train, val, whole = (make_source(name="folder", root=tmp_path, split=split) for split in ("train", "val", "all"))
+    assert isinstance(train, Source)
+    assert train.class_names == val.class_names == ("cat", "dog")
+    assert sorted(paths_of(train) + paths_of(val)) == sorted(paths_of(whole))
+    assert len(whole) == 200
+    assert 8 <= len(val) <= 32  # 10 % of 200, within three sigma
+    labels = {(path.split("/")[0], int(whole[i]["label"])) for i, path in enumerate(paths_of(whole))}
+    assert labels == {("cat", 0), ("dog", 1)}
+    assert whole[5]["image"] == (tmp_path / paths_of(whole)[5]).read_bytes()
+
+
+def test_more_pictures_move_none_between_the_parts(tmp_path):
+    fill(tmp_path, ["cat", "dog"], 50)
+    before = paths_of(Folder(root=tmp_path, split="val"))
+    fill(tmp_path, ["cat", "dog", "emu"], 80)
+    after = paths_of(Folder(root=tmp_path, split="val"))
+    assert set(before) == {path for path in after if path.split("/")[0] != "emu" and int(path[4:-4]) < 50}
+
+
+def test_split_folders(tmp_path):
+    fill(tmp_path / "train", ["b", "a"], 3)
+    fill(tmp_path / "val", ["a", "b"], 2)
+    (tmp_path / "LICENSE").write_text("free")
+    train, val = (Folder(root=tmp_path, split=split) for split in ("train", "val"))
+    assert (len(train), len(val), train.class_names) == (6, 4, ("a", "b"))
+    assert paths_of(val) == ["val/a/0.jpg", "val/a/1.jpg", "val/b/0.jpg", "val/b/1.jpg"]
+    with pytest.raises(ValueError, match=r"no split 'test'.*\['train', 'val'\]"):
+        Folder(root=tmp_path, split="test")
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    fill(tmp_path, ["train", "plane"])
+    assert Folder(root=tmp_path, split="all").class_names == ("plane", "train")
+
+
+def test_splits_with_other_classes_are_refused(tmp_path):
+    fill(tmp_path / "train", ["cat", "dog"])
+    fill(tmp_path / "val", ["cat", "dgo"])
+    with pytest.raises(ValueError, match="only in train: dog; only in val: dgo"):
+        Folder(root=tmp_path, split="val")
+
+
+def test_nested_folders_and_suffixes(tmp_path):
+    fill(tmp_path / "cat", ["one", "two"], 1)
+    fill(tmp_path, ["cat"], 1, ".PNG")
+    fill(tmp_path, ["cat"], 1, ".webp")
+    assert paths_of(Folder(root=tmp_path, split="all")) == ["cat/0.PNG", "cat/0.webp", "cat/one/0.jpg", "cat/two/0.jpg"]
+
+
+def test_other_files_are_named(tmp_path, caplog):
+    fill(tmp_path, ["cat"])
+    (tmp_path / "cat" / "notes.txt").write_text("")
+    (tmp_path / "cat" / ".DS_Store").write_text("")
+    assert len(Folder(root=tmp_path, split="all")) == 3
+    assert "notes.txt" in caplog.text
+    assert "DS_Store" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({}, "no class folders"),
+        ({"picture.jpg": b""}, "no class folders"),
+        ({"cat/0.jpg": b"", "dog/readme.txt": b""}, "without a picture.*dog"),
+        ({"train/cat/0.jpg": b"", "train/dog/x.txt": b""}, "without a picture.*dog"),
+    ],
+)
+def test_folders_without_pictures(tmp_path, layout, message):
+    for path, data in layout.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        Folder(root=tmp_path, split="train")
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere, found nothing"):
+        Folder(root=tmp_path / "nowhere", split="train")
+
+
+def test_a_class_whose_pictures_are_all_held_out(tmp_path):
+    fill(tmp_path, ["cat"], 50)
+    fill(tmp_path, ["dog"], 1)
+    with pytest.raises(ValueError, match=r"held-out 99.9 %: cat, dog|held-out 99.9 %: dog"):
+        Folder(root=tmp_path, split="train", held_out_percent=99.9)
+
+
+def test_names_that_are_not_utf8_are_named(tmp_path):
+    fill(tmp_path, ["cat"])
+    try:
+        (tmp_path / "cat" / os.fsdecode(b"\xff\xfe.jpg")).write_bytes(jpeg())
+    except OSError:
+        pytest.skip("this file system has no such names")
+    with pytest.raises(ValueError, match=r"\\xff\\xfe.jpg.*rename"):
+        Folder(root=tmp_path, split="all")
+
+
+def test_names_in_two_unicode_forms_are_the_same_class(tmp_path):
+    fill(tmp_path / "train", ["caf\u00e9", "bar"])
+    fill(tmp_path / "val", ["cafe\u0301", "bar"])
+    assert Folder(root=tmp_path, split="val").class_names == Folder(root=tmp_path, split="train").class_names
+
+
+def test_a_picture_that_disappears_is_named(tmp_path):
+    fill(tmp_path, ["cat"])
+    source = Folder(root=tmp_path, split="all")
+    (tmp_path / "cat" / "1.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"cat/1.jpg"):
+        source[1]
+
+
+def test_fingerprint_sees_another_file(tmp_path):
+    fill(tmp_path, ["cat"])
+    first, again = (Folder(root=tmp_path, split="all").fingerprint() for _ in range(2))
+    (tmp_path / "cat" / "2.jpg").rename(tmp_path / "cat" / "3.jpg")
+    other = Folder(root=tmp_path, split="all").fingerprint()
+    assert first == again
+    assert {key for key in first if first[key] != other[key]} == {"digest"}
+
+
+def test_pickling(tmp_path):
+    fill(tmp_path, ["cat"])
+    source = Folder(root=tmp_path, split="all")
+    assert pickle.loads(pickle.dumps(source))[1] == source[1]
+
+
+def write_table(file, rows):
+    with open(file, "w", newline="", encoding="utf-8") as text:
+        csv.writer(text).writerows(rows)
+    return file
+
+
+def test_table_with_splits(tmp_path):
+    fill(tmp_path, ["x"], 4)
+    rows = [("path", "label", "split"), ("x/0.jpg", "10", "train"), ("x/1.jpg", "9", "train"), ("x/2.jpg", "9", "val")]
+    table = write_table(tmp_path / "labels.csv", rows)
+    train, val = (make_source(name="folder", csv=table, split=split) for split in ("train", "val"))
+    assert train.class_names == val.class_names == ("9", "10")  # as numbers
+    assert [(path, int(train[i]["label"])) for i, path in enumerate(paths_of(train))] == [
+        ("x/0.jpg", 1),
+        ("x/1.jpg", 0),
+    ]
+    assert paths_of(val) == ["x/2.jpg"]
+    with pytest.raises(ValueError, match=r"no split 'test'.*train, val"):
+        Folder(csv=table, split="test")
+
+
+def test_table_without_splits(tmp_path):
+    fill(tmp_path / "pictures", ["x"], 60)
+    rows = [("path", "label"), *((f"x/{i}.jpg", "even" if i % 2 == 0 else "odd") for i in range(60))]
+    table = write_table(tmp_path / "labels.csv", rows)
+    train, val = (Folder(csv=table, root=tmp_path / "pictures", split=split) for split in ("train", "val"))
+    assert sorted(paths_of(train) + paths_of(val)) == sorted(path for path, _ in rows[1:])
+    assert len(val) > 0
+    assert val[0]["image"] == (tmp_path / "pictures" / paths_of(val)[0]).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        ([("file", "label"), ("x/0.jpg", "a")], ValueError, "path,label.*file"),
+        ([("path", "label")], ValueError, "lists no pictures"),
+        ([("path", "label"), ("x/0.jpg",)], ValueError, "line 2"),
+        ([("path", "label"), ("x/0.jpg", "a", "b")], ValueError, "line 2"),
+        ([("path", "label"), ("x/0.jpg", "a"), ("x/0.jpg", "b")], ValueError, "two labels, 'a' and 'b'"),
+        ([("path", "label"), ("x/7.jpg", "a"), ("y/8.jpg", "a")], FileNotFoundError, "2 files .*x/7.jpg, y/8.jpg"),
+        ([("path", "label", "split"), ("x/0.jpg", "a", "train"), ("x/1.jpg", "b", "val")], ValueError, "'train': b"),
+    ],
+)
+def test_bad_tables(tmp_path, rows, error, message):
+    fill(tmp_path, ["x"])
+    with pytest.raises(error, match=message):
+        Folder(csv=write_table(tmp_path / "labels.csv", rows), split="train")

@@ -1,0 +1,252 @@
+"""Pictures in a folder of class folders, or listed in a CSV file."""
+
+import csv as csv_format
+import hashlib
+import os
+import unicodedata
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from vit_flax.data.splits import is_held_out
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+
+class Folder:
+    """A folder of pictures, in one of three layouts.
+
+    - `root/<class>/**/*.jpg`: no split is given, so a part is held out by a hash of each path; the splits are "train",
+      "val" and "all".
+    - `root/train/<class>/**/*.jpg`, `root/val/<class>/...`: the splits are the folders' names; all have one set of
+      classes.
+    - `csv`: a table with the columns `path` and `label`, and `split` or else a split by hash.
+
+    Pictures are .jpg, .jpeg, .png, .webp and .bmp files. Hidden files are ignored; other files are ignored and named
+    in a warning. Classes are numbered in the order of their sorted names (labels of a table that are numbers: as such).
+
+    Args:
+      split: "train", "val", ...
+      root: the folder; for a CSV file, what its paths are relative to (None: the folder of the file).
+      csv: the table.
+      held_out_percent: how much the split by hash holds out as "val".
+    """
+
+    def __init__(
+        self,
+        *,
+        split: str,
+        root: str | os.PathLike[str] | None = None,
+        csv: str | os.PathLike[str] | None = None,
+        held_out_percent: float = 10.0,
+    ):
+        if root is None and csv is None:
+            raise ValueError("the folder source needs root= (a folder of class folders) or csv= (a file of path,label)")
+        if not 0 < held_out_percent < 100:
+            raise ValueError(f"held_out_percent={held_out_percent} must lie between 0 and 100")
+        where = Path(csv if root is None else root).expanduser().absolute()  # type: ignore[arg-type]
+        self.name, self.split = str(where), split
+        if csv is None:
+            self.root = where
+            self.class_names, pictures = _list_folder(where, split, held_out_percent)
+        else:
+            self.root = where.parent if root is None else where
+            self.class_names, pictures = _list_csv(
+                Path(csv).expanduser().absolute(), self.root, split, held_out_percent
+            )
+        # One array instead of a million strings: it goes to every worker process.
+        self._paths = np.array([os.fsencode(path) for path, _ in pictures])
+        self._labels = np.array([label for _, label in pictures], np.int32)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        path = os.path.join(self.root, os.fsdecode(self._paths[index]))
+        with open(path, "rb") as file:
+            return {"image": file.read(), "label": self._labels[index], "id": path}
+
+    def __repr__(self) -> str:
+        return f"Folder({self.name}, split={self.split!r}, {len(self)} pictures of {len(self.class_names)} classes)"
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See `Source`; the digest covers the paths and the labels."""
+        digest = hashlib.sha256(b"\0".join(self._paths.tolist()) + self._labels.tobytes()).hexdigest()
+        return {
+            "name": "folder",
+            "split": self.split,
+            "num_examples": len(self),
+            "class_names": list(self.class_names),
+            "digest": digest[:16],
+        }
+
+
+def _list_folder(root: Path, split: str, held_out_percent: float) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
+    if not root.is_dir():
+        raise FileNotFoundError(f"expected a folder of class folders at {root}, found {_what(root)}")
+    if not _has_split_folders(root):
+        classes, by_class = _list_classes(root, root)
+        return classes, _split_by_hash(root, classes, by_class, split, held_out_percent)
+    splits = _folders(root)
+    if split not in splits:
+        raise ValueError(
+            f"no split {split!r} in {root}, which has the folders {splits}; to split one by hash, name it as root"
+        )
+    classes, by_class = _list_classes(root, root / split)
+    train_classes = tuple(sorted(_class_folders(root / "train")))
+    if classes != train_classes:
+        only = {"train": set(train_classes) - set(classes), split: set(classes) - set(train_classes)}
+        found = "; ".join(f"only in {name}: {_some(sorted(names))}" for name, names in only.items() if names)
+        raise ValueError(f"the class folders of {root}/train and {root}/{split} differ: {found}")
+    return classes, [(path, label) for label, paths in enumerate(by_class) for path in paths]
+
+
+def _has_split_folders(root: Path) -> bool:
+    train = root / "train"
+    return train.is_dir() and bool(_folders(train)) and not any(_is_picture(name) for name in os.listdir(train))
+
+
+def _list_classes(root: Path, directory: Path) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Class names, and for each class the sorted paths relative to root."""
+    folders = _class_folders(directory)
+    classes = tuple(sorted(folders))
+    if not classes:
+        raise ValueError(f"{directory} has no class folders; expected {directory}/<class>/*{'|'.join(SUFFIXES)}")
+    ignored = [name for name in os.listdir(directory) if name not in folders.values() and not name.startswith(".")]
+    by_class = [_list_pictures(root, directory / folders[name], ignored) for name in classes]
+    if ignored:
+        logging.warning("%s: %d files are no pictures and were left out: %s", directory, len(ignored), _some(ignored))
+    if empty := [name for name, paths in zip(classes, by_class) if not paths]:
+        raise ValueError(f"class folders without a picture in {directory}: {_some(empty)}; fill or remove them")
+    return classes, by_class
+
+
+def _class_folders(directory: Path) -> dict[str, str]:
+    folders: dict[str, str] = {}
+    for folder in _folders(directory):
+        name = unicodedata.normalize("NFC", _checked_name(folder))  # macOS and Linux write é differently
+        if name in folders:
+            raise ValueError(f"{directory} has two folders called {name!r}, in different Unicode forms; merge them")
+        folders[name] = folder
+    return folders
+
+
+def _list_pictures(root: Path, directory: Path, ignored: list[str]) -> list[str]:
+    def fail(error: OSError) -> None:
+        raise error
+
+    found = []
+    for parent, folders, files in os.walk(directory, onerror=fail):
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]  # might lead in a circle
+        folders[:] = [name for name in folders if name[0] != "." and name not in links]
+        files = [name for name in files if name[0] != "."]
+        ignored += [os.path.join(parent, name) for name in files + links if not _is_picture(name)]
+        found += [os.path.join(parent, _checked_name(name)) for name in files if _is_picture(name)]
+    return sorted(os.path.relpath(path, root) for path in found)
+
+
+def _split_by_hash(
+    root: Path, classes: Sequence[str], by_class: Sequence[Sequence[str]], split: str, held_out_percent: float
+) -> list[tuple[str, int]]:
+    if split not in ("train", "val", "all"):
+        raise ValueError(
+            f"{root} gives no splits, so there are 'train', 'val' and 'all' (by hash); found split={split!r}"
+        )
+    pictures = [(path, label) for label, paths in enumerate(by_class) for path in paths]
+    if split == "all":
+        return pictures
+    held_out = [is_held_out(path.replace(os.sep, "/"), held_out_percent) for path, _ in pictures]
+    kept = np.bincount([label for (_, label), held in zip(pictures, held_out) if not held], minlength=len(classes))
+    if not kept.all():
+        empty = [classes[label] for label in np.flatnonzero(kept == 0).tolist()]
+        raise ValueError(
+            f"classes of {root} with all pictures in the held-out {held_out_percent} %: {_some(empty)}; "
+            "add pictures, or split by train/ and val/ folders"
+        )
+    return [picture for picture, held in zip(pictures, held_out) if held == (split == "val")]
+
+
+def _list_csv(
+    file: Path, root: Path, split: str, held_out_percent: float
+) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
+    rows = _read_csv(file)
+    names = {label for _, label, _ in rows}
+    numbers = all(name.isascii() and name.isdigit() for name in names)
+    classes = tuple(sorted(names, key=lambda name: (int(name) if numbers else 0, name)))
+    number = {name: label for label, name in enumerate(classes)}
+    _check_existence(file, root, [path for path, _, _ in rows])
+    splits = {name for _, _, name in rows}
+    if splits == {None}:
+        by_class: list[list[str]] = [[] for _ in classes]
+        for path, label, _ in rows:
+            by_class[number[label]].append(path)
+        return classes, _split_by_hash(file, classes, by_class, split, held_out_percent)
+    if split not in splits:
+        raise ValueError(f"no split {split!r} in {file}; its column has {_some(sorted(map(str, splits)))}")
+    if untaught := sorted(set(classes) - {label for _, label, name in rows if name == "train"}):
+        raise ValueError(f"classes of {file} without a picture in the split 'train': {_some(untaught)}")
+    return classes, [(path, number[label]) for path, label, name in rows if name == split]
+
+
+def _read_csv(file: Path) -> list[tuple[str, str, str | None]]:
+    """(path, label, split) of each row."""
+    with open(file, newline="", encoding="utf-8-sig") as text:
+        table = csv_format.DictReader(text)
+        columns = table.fieldnames or ()
+        if not {"path", "label"} <= set(columns):
+            raise ValueError(
+                f"expected a first line with the columns path,label (and split) in {file}, found {columns}"
+            )
+        rows, labels = [], {}
+        for row in table:
+            path, label, split = row["path"], row["label"], row["split"] if "split" in columns else None
+            if not path or not label or split == "" or None in row:
+                raise ValueError(f"{file}, line {table.line_num}: expected {','.join(columns)}, found {row}")
+            if labels.setdefault(path, label) != label:
+                raise ValueError(
+                    f"{file}, line {table.line_num}: {path} has two labels, {labels[path]!r} and {label!r}"
+                )
+            rows.append((path, unicodedata.normalize("NFC", label), split))
+    if not rows:
+        raise ValueError(f"{file} lists no pictures")
+    return rows
+
+
+def _check_existence(file: Path, root: Path, paths: Iterable[str]) -> None:
+    there: dict[str, set[str]] = {}  # one listing per folder: a question per file takes minutes on network storage
+    missing = []
+    for path in paths:
+        parent, name = os.path.split(os.path.join(root, path))
+        if parent not in there:
+            there[parent] = set(os.listdir(parent)) if os.path.isdir(parent) else set()
+        if name not in there[parent]:
+            missing.append(path)
+    if missing:
+        raise FileNotFoundError(f"{file} lists {len(missing)} files that are not below {root}: {_some(missing)}")
+
+
+def _folders(directory: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _is_picture(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES)
+
+
+def _checked_name(name: str) -> str:
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the file name {os.fsencode(name)!r} is not UTF-8; rename it") from error
+    return name
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _what(path: Path) -> str:
+    return "a file" if path.exists() else "nothing"

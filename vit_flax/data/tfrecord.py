@@ -1,0 +1,190 @@
+r"""TFRecords that somebody has already, as array_record: without TensorFlow, and without decoding a picture.
+
+    python -m vit_flax.data.tfrecord ~/tensorflow_datasets/cifar10/3.0.2 --out ~/array_record/cifar10/3.0.2
+    python -m vit_flax.data.tfrecord train=~/imagenet/train-* val=~/imagenet/validation-* --out DIR \
+        --image_key image/encoded --label_key image/class/label --label_offset -1 --class_names names.txt
+
+The first form converts a data set that TFDS prepared; the result is read with `dict(name="tfds", directory=DIR)`. The
+second converts files of tf.train.Example; the result is read with `dict(name="records", directory=DIR)`. The checksums
+inside TFRecords are not verified; `python -m vit_flax.data.check` decodes every picture of the result.
+"""
+
+import argparse
+import glob
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vit_flax.data import records
+from vit_flax.data.datadir import write_once
+from vit_flax.data.read import checked_label
+
+TFDS_INFO = "dataset_info.json"
+
+
+def convert_tfds(directory: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
+    """Converts a data set that TFDS prepared as tfrecord.
+
+    Args:
+      directory: the folder that holds its dataset_info.json.
+      out: the folder to write.
+
+    Raises:
+      ValueError: no such data set, or a shard with another number of records than it says.
+    """
+    source = Path(directory).expanduser()
+    if not (source / TFDS_INFO).exists():
+        raise FileNotFoundError(f"expected a data set that TFDS prepared (with {TFDS_INFO}) in {source}")
+    info = json.loads((source / TFDS_INFO).read_text(encoding="utf-8"))
+    if (found := info.get("fileFormat", "tfrecord")) != "tfrecord":
+        raise ValueError(f"{source} is stored as {found}, not as tfrecord")
+    lengths = [int(length) for split in info["splits"] for length in split["shardLengths"]]
+    shards = sorted(file for file in source.iterdir() if ".tfrecord" in file.name)
+    if len(shards) != len(lengths):
+        raise ValueError(f"{source} has {len(shards)} tfrecord files, expected {len(lengths)}")
+
+    def write(scratch: Path) -> None:
+        total = 0
+        for shard in _progress(shards):
+            total += records.write_shard(
+                scratch / shard.name.replace(".tfrecord", ".array_record"), read_tfrecord(shard)
+            )
+        if total != sum(lengths):
+            raise ValueError(f"{source} holds {total} records, {TFDS_INFO} says {sum(lengths)}")
+        for file in source.iterdir():
+            if file.suffix in (".json", ".txt") and file.name != TFDS_INFO:
+                shutil.copy(file, scratch)
+        (scratch / TFDS_INFO).write_text(json.dumps({**info, "fileFormat": "array_record"}, indent=2), encoding="utf-8")
+
+    return write_once(Path(out).expanduser().absolute(), write, marker=TFDS_INFO)
+
+
+def convert_examples(
+    files: Mapping[str, Sequence[Path]],
+    *,
+    out: str | os.PathLike[str],
+    image_key: str,
+    label_key: str,
+    label_offset: int,
+    class_names: Sequence[str],
+) -> Path:
+    """Converts files of tf.train.Example to the source `records`.
+
+    Args:
+      files: {split: its files}.
+      out: the folder to write.
+      image_key: the feature that holds the encoded picture.
+      label_key: the feature that holds one integer.
+      label_offset: added to it; -1 where the labels start at 1.
+      class_names: in the order of the labels.
+
+    Raises:
+      ValueError: a record without these features, or with a label that no class has; it is named.
+    """
+
+    def examples(file: Path) -> Iterator[bytes]:
+        for row, record in enumerate(read_tfrecord(file)):
+            example = _parse_example(record, image_key, label_key, f"{file}[{row}]")
+            example["label"] += label_offset
+            checked_label(example, len(class_names))
+            yield records.pack(example)
+
+    def write(scratch: Path) -> None:
+        splits = {}
+        for split, shards in files.items():
+            names = [f"{split}-{i:05d}-of-{len(shards):05d}.array_record" for i in range(len(shards))]
+            counts = [
+                records.write_shard(scratch / name, examples(shard)) for name, shard in zip(names, _progress(shards))
+            ]
+            splits[split] = {"shards": dict(zip(names, counts))}
+        index = {"name": "tfrecord", "class_names": list(class_names), "splits": splits}
+        digest = hashlib.sha256(json.dumps(index).encode()).hexdigest()[:16]
+        (scratch / records.INDEX).write_text(json.dumps({**index, "digest": digest}, indent=1), encoding="utf-8")
+
+    return write_once(Path(out).expanduser().absolute(), write, marker=records.INDEX)
+
+
+def read_tfrecord(path: Path) -> Iterator[bytes]:
+    """The records of one file."""
+    import grain
+
+    try:
+        yield from grain.experimental.TFRecordIterDataset(str(path))
+    except ValueError as error:
+        raise ValueError(f"{path} ends early or is no TFRecord file: {error}") from error
+
+
+def _parse_example(record: bytes, image_key: str, label_key: str, record_id: str) -> dict[str, Any]:
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    example = tf_example_pb2.Example.FromString(record)  # pyright: ignore[reportAttributeAccessIssue]
+    features = example.features.feature
+    for key in (image_key, label_key):
+        if key not in features:
+            raise ValueError(f"{record_id} has no feature {key!r}; it has {sorted(features)}")
+    images, labels = features[image_key].bytes_list.value, features[label_key].int64_list.value
+    if len(images) != 1 or len(labels) != 1:
+        found = f"{len(images)} byte strings and {len(labels)} integers"
+        raise ValueError(f"{record_id}: expected one picture in {image_key!r} and one in {label_key!r}, found {found}")
+    return {"image": images[0], "label": labels[0], "id": record_id}
+
+
+def _progress(shards: Sequence[Path]) -> Iterator[Path]:
+    from rich.console import Console
+    from rich.progress import track
+
+    return iter(track(shards, description="files", console=Console(stderr=True)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m vit_flax.data.tfrecord")
+    parser.add_argument("source", nargs="+", help="a folder that TFDS prepared, or SPLIT=GLOB ...")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--image_key", default="image/encoded", help="feature of the picture (default %(default)s)")
+    parser.add_argument("--label_key", default="image/class/label", help="feature of the label (default %(default)s)")
+    parser.add_argument("--label_offset", type=int, default=0, help="-1 where labels start at 1 (default %(default)s)")
+    parser.add_argument("--class_names", help="text file with one class name per line")
+    arguments = parser.parse_args(argv)
+    try:
+        if len(arguments.source) == 1 and "=" not in arguments.source[0]:
+            out = convert_tfds(arguments.source[0], arguments.out)
+            name = "tfds"
+        else:
+            out = _convert_examples(arguments)
+            name = "records"
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f'read it with source=dict(name="{name}", directory="{out}")')
+    return 0
+
+
+def _convert_examples(arguments: argparse.Namespace) -> Path:
+    files: dict[str, list[Path]] = {}
+    split = ""
+    for word in arguments.source:  # the shell may have expanded the pattern: train=a-0 a-1 val=b-0
+        name, equals, pattern = word.rpartition("=")
+        split = name if equals else split
+        files.setdefault(split, []).extend(Path(path) for path in sorted(glob.glob(os.path.expanduser(pattern))))
+    if "" in files or not all(files.values()):
+        raise ValueError(f"expected SPLIT=FILES with at least one file each, found {arguments.source}")
+    if arguments.class_names is None:
+        raise ValueError("tf.train.Example files say no class names: give --class_names FILE, one name per line")
+    return convert_examples(
+        files,
+        out=arguments.out,
+        image_key=arguments.image_key,
+        label_key=arguments.label_key,
+        label_offset=arguments.label_offset,
+        class_names=Path(arguments.class_names).expanduser().read_text(encoding="utf-8").splitlines(),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
