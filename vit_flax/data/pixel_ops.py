@@ -10,37 +10,38 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 Fill = tuple[int, ...]
+Amount = int | float
 
 
-def shear_x(image: Image.Image, factor: float, fill: Fill, resample: Image.Resampling) -> Image.Image:
+def shear_x(image: Image.Image, factor: Amount, fill: Fill, resample: Image.Resampling) -> Image.Image:
     return _affine(image, (1, factor, 0, 0, 1, 0), fill, resample)
 
 
-def shear_y(image: Image.Image, factor: float, fill: Fill, resample: Image.Resampling) -> Image.Image:
+def shear_y(image: Image.Image, factor: Amount, fill: Fill, resample: Image.Resampling) -> Image.Image:
     return _affine(image, (1, 0, 0, factor, 1, 0), fill, resample)
 
 
-def translate_x(image: Image.Image, pixels: float, fill: Fill, resample: Image.Resampling) -> Image.Image:
+def translate_x(image: Image.Image, pixels: Amount, fill: Fill, resample: Image.Resampling) -> Image.Image:
     return _affine(image, (1, 0, pixels, 0, 1, 0), fill, resample)
 
 
-def translate_y(image: Image.Image, pixels: float, fill: Fill, resample: Image.Resampling) -> Image.Image:
+def translate_y(image: Image.Image, pixels: Amount, fill: Fill, resample: Image.Resampling) -> Image.Image:
     return _affine(image, (1, 0, 0, 0, 1, pixels), fill, resample)
 
 
-def translate_x_fraction(image: Image.Image, fraction: float, fill: Fill, resample: Image.Resampling) -> Image.Image:
+def translate_x_fraction(image: Image.Image, fraction: Amount, fill: Fill, resample: Image.Resampling) -> Image.Image:
     return translate_x(image, fraction * image.width, fill, resample)
 
 
-def translate_y_fraction(image: Image.Image, fraction: float, fill: Fill, resample: Image.Resampling) -> Image.Image:
+def translate_y_fraction(image: Image.Image, fraction: Amount, fill: Fill, resample: Image.Resampling) -> Image.Image:
     return translate_y(image, fraction * image.height, fill, resample)
 
 
-def rotate(image: Image.Image, degrees: float, fill: Fill, resample: Image.Resampling) -> Image.Image:
+def rotate(image: Image.Image, degrees: Amount, fill: Fill, resample: Image.Resampling) -> Image.Image:
     return image.rotate(degrees, resample=resample, fillcolor=_fill_of(image, fill))
 
 
-def _affine(image: Image.Image, matrix: tuple[float, ...], fill: Fill, resample: Image.Resampling) -> Image.Image:
+def _affine(image: Image.Image, matrix: tuple[Amount, ...], fill: Fill, resample: Image.Resampling) -> Image.Image:
     return image.transform(
         image.size, Image.Transform.AFFINE, matrix, resample=resample, fillcolor=_fill_of(image, fill)
     )
@@ -50,15 +51,15 @@ def _fill_of(image: Image.Image, fill: Fill) -> int | Fill:
     return fill if image.mode == "RGB" else round(sum(fill) / len(fill))
 
 
-def autocontrast(image: Image.Image, _: float = 0) -> Image.Image:
+def autocontrast(image: Image.Image, _: Amount = 0) -> Image.Image:
     return ImageOps.autocontrast(image)
 
 
-def equalize(image: Image.Image, _: float = 0) -> Image.Image:
+def equalize(image: Image.Image, _: Amount = 0) -> Image.Image:
     return ImageOps.equalize(image)
 
 
-def invert(image: Image.Image, _: float = 0) -> Image.Image:
+def invert(image: Image.Image, _: Amount = 0) -> Image.Image:
     return ImageOps.invert(image)
 
 
@@ -70,7 +71,7 @@ def posterize(image: Image.Image, bits: int) -> Image.Image:
     return _point(image, [value & mask for value in range(256)])
 
 
-def solarize(image: Image.Image, threshold: float) -> Image.Image:
+def solarize(image: Image.Image, threshold: Amount) -> Image.Image:
     """Inverts the pixels at or above the threshold; 256 inverts none."""
     return _point(image, [value if value < threshold else 255 - value for value in range(256)])
 
@@ -89,29 +90,29 @@ def _point(image: Image.Image, table: list[int]) -> Image.Image:
     return image.point(table * len(image.getbands()))
 
 
-def color(image: Image.Image, factor: float) -> Image.Image:
+def color(image: Image.Image, factor: Amount) -> Image.Image:
     return ImageEnhance.Color(image).enhance(factor)
 
 
-def contrast(image: Image.Image, factor: float) -> Image.Image:
+def contrast(image: Image.Image, factor: Amount) -> Image.Image:
     return ImageEnhance.Contrast(image).enhance(factor)
 
 
-def contrast_published(image: Image.Image, factor: float) -> Image.Image:
+def contrast_published(image: Image.Image, factor: Amount) -> Image.Image:
     """Blends with (number of pixels) / 256 instead of the mean grey level: 196 at 224 x 224, white from 256 x 256."""
     level = min(255, int(image.width * image.height / 256))
     return Image.blend(Image.new(image.mode, image.size, (level,) * len(image.getbands())), image, factor)
 
 
-def brightness(image: Image.Image, factor: float) -> Image.Image:
+def brightness(image: Image.Image, factor: Amount) -> Image.Image:
     return ImageEnhance.Brightness(image).enhance(factor)
 
 
-def sharpness(image: Image.Image, factor: float) -> Image.Image:
+def sharpness(image: Image.Image, factor: Amount) -> Image.Image:
     return ImageEnhance.Sharpness(image).enhance(factor)
 
 
-def hue(image: Image.Image, turn: float) -> Image.Image:
+def hue(image: Image.Image, turn: Amount) -> Image.Image:
     """Turns the colour circle by a fraction of a full turn, -0.5 to 0.5."""
     if image.mode == "L":
         return image
@@ -120,11 +121,11 @@ def hue(image: Image.Image, turn: float) -> Image.Image:
     return Image.merge("HSV", (h.point([(value + shift) % 256 for value in range(256)]), s, v)).convert("RGB")
 
 
-def grayscale(image: Image.Image, _: float = 0) -> Image.Image:
+def grayscale(image: Image.Image, _: Amount = 0) -> Image.Image:
     return image.convert("L").convert(image.mode)
 
 
-def gaussian_blur(image: Image.Image, radius: float) -> Image.Image:
+def gaussian_blur(image: Image.Image, radius: Amount) -> Image.Image:
     return image.filter(ImageFilter.GaussianBlur(radius))
 
 

@@ -108,7 +108,7 @@ def parse_randaugment(spec: str, variant: str = "fixed") -> RandAugmentPlan:
     if augreg:
         if variant not in ("fixed", "published"):
             raise ValueError(f"variant={variant!r} is not known: choose 'fixed' or 'published'")
-        level = int(augreg[2])
+        level = float(augreg[2])
         ops = AUGREG_OPS if variant == "fixed" else AUGREG_PUBLISHED_OPS
         return RandAugmentPlan(ops=ops, num_ops=int(augreg[1]), level=level, level_max=float("inf"))
     name, *parts = spec.split("-")

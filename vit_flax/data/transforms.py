@@ -11,7 +11,7 @@ frozen dataclass: its fields are its arguments, and calling it maps a Pillow ima
 import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -35,6 +35,9 @@ def make_transform(ops: Sequence[Mapping[str, Any]]) -> "Transform":
     return Transform(decode=built[0], ops=tuple(built[1:]))
 
 
+_NEVER_DRAWN_FROM = np.random.default_rng(0)  # deterministic operations get a generator and leave it alone
+
+
 @dataclasses.dataclass(frozen=True)
 class Transform:
     """A picklable function from an example to an example whose image is uint8 [h, w, channels].
@@ -54,7 +57,7 @@ class Transform:
         """
         if rng is None and not self.deterministic:
             raise ValueError("this transform draws random numbers: call it with a numpy random Generator")
-        rng = cast(np.random.Generator, rng)  # deterministic operations ignore it
+        rng = _NEVER_DRAWN_FROM if rng is None else rng
         picture = self.decode(example["image"], example["id"])
         ops = self.ops
         if ops and isinstance(ops[0], geometry.Plan):
@@ -79,12 +82,15 @@ class Decode:
     Attributes:
       channels: 3 for RGB (grey images are repeated), 1 for grey (ITU-R 601 luma).
       apply_exif: turns photographs upright that a camera stored on their side.
-      codec: a key of `decode.CODECS`: "pillow", or "opencv" for colour JPEGs (an extra dependency).
+      codec: one of `decode.CODECS`: "pillow", or "opencv" for colour JPEGs (an extra dependency).
+      oversampling: where the next operation shrinks the image, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size as long
+        as that leaves so many times the resolution needed. 1 is fastest; infinity always decodes in full.
     """
 
     channels: int = 3
     apply_exif: bool = True
     codec: str = "pillow"
+    oversampling: float = 2.0
     random: ClassVar[bool] = False
 
     def __post_init__(self):
@@ -92,12 +98,19 @@ class Decode:
             raise ValueError(f"channels must be 1 or 3, found {self.channels!r}")
         if self.codec not in decode.CODECS:
             raise ValueError(f"codec={self.codec!r} is not known: choose one of {', '.join(decode.CODECS)}")
+        if not self.oversampling >= 1:
+            raise ValueError(f"oversampling must be 1 or more, found {self.oversampling!r}")
         if self.codec == "opencv":
             decode.import_opencv()
 
     def __call__(self, data: Any, record_id: str) -> decode.Picture:
         return decode.open_picture(
-            data, record_id, channels=self.channels, apply_exif=self.apply_exif, codec=self.codec
+            data,
+            record_id,
+            channels=self.channels,
+            apply_exif=self.apply_exif,
+            codec=self.codec,
+            oversampling=self.oversampling,
         )
 
 
