@@ -274,7 +274,7 @@ def mix(
 
     # The share of the pixels that stay, which after clipping a rectangle at the border is not the number drawn.
     share = keep.mean(axis=(1, 2))[:, None].astype(targets.dtype)
-    images, weights = _drawn_once((images, keep[..., None]))
+    weights = _drawn_once(keep)[..., None]
     return weights * images + (1 - weights) * other(images), share * targets + (1 - share) * other(targets)
 
 

@@ -16,16 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
-from vit_flax.data import decode
-
-FILTERS = {
-    "nearest": Image.Resampling.NEAREST,
-    "box": Image.Resampling.BOX,
-    "bilinear": Image.Resampling.BILINEAR,
-    "hamming": Image.Resampling.HAMMING,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
+from vit_flax.data import decode, geometry, policies
 
 
 def make_transform(ops: Sequence[Mapping[str, Any]]) -> "Transform":
@@ -42,6 +33,9 @@ def make_transform(ops: Sequence[Mapping[str, Any]]) -> "Transform":
     if not built or not isinstance(built[0], Decode):
         built.insert(0, Decode())
     return Transform(decode=built[0], ops=tuple(built[1:]))
+
+
+_NEVER_DRAWN_FROM = np.random.default_rng(0)  # deterministic operations get a generator and leave it alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,15 +57,15 @@ class Transform:
         """
         if rng is None and not self.deterministic:
             raise ValueError("this transform draws random numbers: call it with a numpy random Generator")
+        rng = _NEVER_DRAWN_FROM if rng is None else rng
         picture = self.decode(example["image"], example["id"])
         ops = self.ops
-        if ops and isinstance(ops[0], Resample):
-            image = ops[0].read(picture, rng)
-            ops = ops[1:]
+        if ops and isinstance(ops[0], geometry.Plan):
+            image, ops = ops[0].read(picture, rng), ops[1:]
         else:
             image = picture.load()
         for op in ops:
-            image = op(image, rng)
+            image = _apply(op, image, rng)
         pixels = np.asarray(image)
         return {**example, "image": pixels if pixels.ndim == 3 else pixels[:, :, None]}
 
@@ -88,92 +82,61 @@ class Decode:
     Attributes:
       channels: 3 for RGB (grey images are repeated), 1 for grey (ITU-R 601 luma).
       apply_exif: turns photographs upright that a camera stored on their side.
+      codec: one of `decode.CODECS`: "pillow", or "opencv" for colour JPEGs (an extra dependency).
+      oversampling: where the next operation shrinks the image, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size as long
+        as that leaves so many times the resolution needed. 1 is fastest; infinity always decodes in full.
     """
 
     channels: int = 3
     apply_exif: bool = True
+    codec: str = "pillow"
+    oversampling: float = 2.0
     random: ClassVar[bool] = False
 
     def __post_init__(self):
         if self.channels not in decode.MODES:
             raise ValueError(f"channels must be 1 or 3, found {self.channels!r}")
+        if self.codec not in decode.CODECS:
+            raise ValueError(f"codec={self.codec!r} is not known: choose one of {', '.join(decode.CODECS)}")
+        if not self.oversampling >= 1:
+            raise ValueError(f"oversampling must be 1 or more, found {self.oversampling!r}")
+        if self.codec == "opencv":
+            decode.import_opencv()
 
     def __call__(self, data: Any, record_id: str) -> decode.Picture:
-        return decode.open_picture(data, record_id, channels=self.channels, apply_exif=self.apply_exif)
-
-
-class Resample:
-    """An operation that reads a box of the image at a given size, and can therefore start from a smaller decode.
-
-    A subclass says which in `plan(width, height, rng) -> (box, size)`; the box is left, upper, right, lower in pixels,
-    fractions allowed, and the size is width, height. It has the fields `filter` and `antialias`.
-    """
-
-    filter: str
-    antialias: bool
-    random: ClassVar[bool] = False
-
-    def __post_init__(self):
-        if self.filter not in FILTERS:
-            raise ValueError(f"filter={self.filter!r} is not known: choose one of {', '.join(FILTERS)}")
-        if not self.antialias and self.filter not in ("nearest", "bilinear", "bicubic"):
-            raise ValueError(f"filter={self.filter!r} always antialiases: choose nearest, bilinear or bicubic")
-
-    def plan(self, width: int, height: int, rng: np.random.Generator | None):
-        raise NotImplementedError
-
-    def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> Image.Image:
-        box, size = self.plan(image.width, image.height, rng)
-        return resample(image, box, size, self.filter, self.antialias)
-
-    def read(self, picture: decode.Picture, rng: np.random.Generator | None) -> Image.Image:
-        """The same on an image that is not decoded yet."""
-        width, height = picture.size
-        box, size = self.plan(width, height, rng)
-        shrink = min((box[2] - box[0]) / size[0], (box[3] - box[1]) / size[1]) if self.antialias else 1.0
-        image = picture.load(shrink)
-        if image.size != (width, height):
-            x, y = image.width / width, image.height / height
-            box = (box[0] * x, box[1] * y, min(box[2] * x, image.width), min(box[3] * y, image.height))
-        return resample(image, box, size, self.filter, self.antialias)
-
-
-def resample(
-    image: Image.Image, box: tuple[float, float, float, float], size: tuple[int, int], filter: str, antialias: bool
-) -> Image.Image:
-    """Resizes a box of an image to a size (width, height)."""
-    if box == (0, 0, *image.size) and size == image.size:
-        return image
-    if antialias:
-        return image.resize(size, FILTERS[filter], box=box)
-    # As TensorFlow's resize: each pixel is read between its neighbours, however far apart the samples lie.
-    left, upper, right, lower = (round(edge) for edge in box)
-    crop = image.crop((left, upper, right, lower))
-    whole = (0, 0, *crop.size)
-    return crop.transform(size, Image.Transform.EXTENT, whole, FILTERS[filter])
-
-
-@dataclasses.dataclass(frozen=True)
-class Resize(Resample):
-    """Stretches the whole image to `size_px`, one number or (height, width)."""
-
-    size_px: int | tuple[int, int]
-    filter: str = "bilinear"
-    antialias: bool = True
-
-    def plan(self, width: int, height: int, rng: np.random.Generator | None):
-        return (0, 0, width, height), _width_height(self.size_px)
-
-
-def _width_height(size_px: int | Sequence[int]) -> tuple[int, int]:
-    height, width = (size_px, size_px) if isinstance(size_px, int) else size_px
-    return width, height
+        return decode.open_picture(
+            data,
+            record_id,
+            channels=self.channels,
+            apply_exif=self.apply_exif,
+            codec=self.codec,
+            oversampling=self.oversampling,
+        )
 
 
 TRANSFORMS = {
     "decode": Decode,
-    "resize": Resize,
+    "resize": geometry.Resize,
+    "resize_small": geometry.ResizeSmall,
+    "central_crop": geometry.CentralCrop,
+    "random_crop": geometry.RandomCrop,
+    "pad_and_crop": geometry.PadAndCrop,
+    "inception_crop": geometry.InceptionCrop,
+    "flip": geometry.Flip,
+    "color_jitter": policies.ColorJitter,
+    "randaugment": policies.RandAugment,
+    "three_augment": policies.ThreeAugment,
+    "autoaugment_cifar": policies.AutoAugmentCifar,
 }
+
+
+def _apply(op: Any, image: Image.Image | np.ndarray, rng: np.random.Generator) -> Image.Image | np.ndarray:
+    """Operations map Pillow images; the mirror takes OpenCV's arrays as well, which saves two copies."""
+    if isinstance(image, np.ndarray):
+        if isinstance(op, geometry.Flip):
+            return op.flip_pixels(image, rng)
+        image = Image.fromarray(image)
+    return op(image, rng)
 
 
 def _make_op(position: int, arguments: dict[str, Any]) -> Any:
@@ -192,6 +155,7 @@ def _make_op(position: int, arguments: dict[str, Any]) -> Any:
         problem = f"does not take {unknown}" if unknown else f"needs {missing}"
         raise ValueError(f"operation {position} {name!r} {problem}; its arguments are: {signature}")
     try:
-        return TRANSFORMS[name](**arguments)
+        # Lists are what a config becomes on its way through JSON.
+        return TRANSFORMS[name](**{k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()})
     except ValueError as error:
         raise ValueError(f"operation {position} {name!r}: {error}") from error
