@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,6 +69,16 @@ def test_decay_mask_chooses_what_decays():
     np.testing.assert_array_equal(lost["blocks"]["mlp"]["fc1"]["kernel"].any((1, 2)), [False, True, False])
 
 
+def test_decay_multipliers_scale_the_decay_as_in_vit_g():
+    params = stacked_params()
+    section = {"name": "sgd", "weight_decay": 0.3, "decay_multipliers": [["head/kernel", 3.0], ["block_1/.*", 0.0]]}
+    lost = jax.tree.map(np.subtract, run(params, 1, name="sgd"), run(params, 1, **section))
+    np.testing.assert_allclose(lost["head"]["kernel"], 0.09 * params["head"]["kernel"], rtol=1e-4, atol=1e-6)
+    assert not lost["head"]["bias"].any()
+    fc1 = params["blocks"]["mlp"]["fc1"]["kernel"] * np.reshape([0.03, 0.0, 0.03], (DEPTH, 1, 1))
+    np.testing.assert_allclose(lost["blocks"]["mlp"]["fc1"]["kernel"], fc1, rtol=1e-4, atol=1e-6)
+
+
 def test_schedule_and_learning_rate_scale_the_update():
     params = stacked_params()
     section = {"name": "sgd", "momentum": None, "schedule": "linear", "warmup_steps": 2}
@@ -127,6 +140,19 @@ def test_frozen_parameters_keep_every_bit(name):
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
     assert not any("head" in n or "norm1" in n for n in names), "a frozen parameter has optimiser state"
     assert any("fc1" in n for n in names) or name == "sgd"
+
+
+def test_frozen_negative_zeros_stay_negative_without_the_compiler():
+    params = {
+        "blocks": {"norm1": {"scale": np.full((DEPTH, 2), -0.0, np.float32)}},
+        "head": {"kernel": np.float32([-0.0])},
+    }
+    tx = make(name="sgd", freeze=["head/.*", "block_1/.*"])
+    updates = jax.device_get(tx.update(jax.tree.map(np.ones_like, params), tx.init(params), params)[0])
+    assert_same_bits(params["head"]["kernel"] + updates["head"]["kernel"], params["head"]["kernel"])
+    assert_same_bits(
+        (params["blocks"]["norm1"]["scale"] + updates["blocks"]["norm1"]["scale"])[1], np.float32([-0.0] * 2)
+    )
 
 
 def test_frozen_gradients_have_no_part_in_the_clipping_norm():
@@ -236,6 +262,25 @@ def test_eval_params_are_the_average_of_schedule_free_and_else_the_parameters():
         y = 0.2 * z + 0.8 * x
     np.testing.assert_allclose(got["norm"]["scale"], y, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(average["norm"]["scale"], x, rtol=1e-4, atol=1e-5)
+
+
+DOCUMENTED = re.findall(
+    r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs" / "optimisation.md").read_text(), re.S
+)
+
+
+@pytest.mark.parametrize("recipe", DOCUMENTED, ids=lambda recipe: recipe.split('"')[1])
+def test_documented_recipes_are_accepted(recipe):
+    written: dict = {}
+    exec(recipe, written)
+    assert {"total_steps", "optim"} < set(written)
+    tx = make_optimizer(**written["optim"], total_steps=written["total_steps"])
+    state = jax.eval_shape(tx.init, stacked_params())
+    jax.eval_shape(tx.update, stacked_params(), state, stacked_params())
+
+
+def test_documentation_has_recipes():
+    assert len(DOCUMENTED) > 8
 
 
 def test_ema_warms_up_and_then_keeps_its_decay():

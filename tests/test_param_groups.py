@@ -47,7 +47,7 @@ def test_two_encoders_count_their_own_layers():
 def test_one_pattern_selects_the_same_layers_in_both_layouts(layout, pattern, selected):
     decay = make_groups(layout(stacked_params()), decay_mask=[pattern]).decay
     if "blocks" in decay:
-        got = decay["blocks"]["mlp"]["fc1"]["kernel"].ravel().tolist()
+        got = decay["blocks"]["mlp"]["fc1"]["kernel"].ravel().astype(bool).tolist()
     else:
         got = [bool(decay[f"block_{i}"]["mlp"]["fc1"]["kernel"]) for i in range(DEPTH)]
     assert got == selected
@@ -82,6 +82,7 @@ def test_more_blocks_than_there_are_is_an_error():
 SECTION = {
     "name": "adamw",
     "weight_decay": 0.1,
+    "decay_multipliers": [["head/.*", 2.0]],
     "layer_decay": 0.5,
     "lr_multipliers": [["head/.*", 10.0]],
     "train_last_blocks": 2,
@@ -91,21 +92,21 @@ SECTION = {
 @pytest.mark.parametrize("layout", [lambda p: p, to_loop], ids=["stacked", "loop"])
 def test_parameter_groups_say_what_happens(layout):
     rows = parameter_groups(layout(stacked_params()), **SECTION)
-    table = {(r.pattern, r.layers): (r.num_parameters, r.lr_factor, r.decay, r.frozen) for r in rows}
+    table = {(r.pattern, r.layers): (r.num_parameters, r.lr_factor, round(r.weight_decay, 6), r.frozen) for r in rows}
     kernels, vectors = "blocks/(attention|mlp)/.*kernel", "blocks/(attention|norm1)/.*(bias|scale)"
     per_layer = 4 * 6 + 6 * 4 + 4 * 6 + 6 * 4
     assert table == {
-        ("patch_embed/kernel", ""): (48, (0.0, 0.0), True, True),
-        ("patch_embed/bias", ""): (4, (0.0, 0.0), False, True),
-        ("posemb/table", ""): (20, (0.0, 0.0), False, True),
-        ("cls_token/token", ""): (4, (0.0, 0.0), False, True),
-        (kernels, "0"): (per_layer, (0.0, 0.0), True, True),
-        (kernels, "1-2"): (2 * per_layer, (0.25, 0.5), True, False),
-        (vectors, "0"): (6 + 4 + 4, (0.0, 0.0), False, True),
-        (vectors, "1-2"): (2 * (6 + 4 + 4), (0.25, 0.5), False, False),
-        ("norm/scale", ""): (4, (1.0, 1.0), False, False),
-        ("head/kernel", ""): (20, (10.0, 10.0), True, False),
-        ("head/bias", ""): (5, (10.0, 10.0), False, False),
+        ("patch_embed/kernel", ""): (48, (0.0, 0.0), 0.1, True),
+        ("patch_embed/bias", ""): (4, (0.0, 0.0), 0.0, True),
+        ("posemb/table", ""): (20, (0.0, 0.0), 0.0, True),
+        ("cls_token/token", ""): (4, (0.0, 0.0), 0.0, True),
+        (kernels, "0"): (per_layer, (0.0, 0.0), 0.1, True),
+        (kernels, "1-2"): (2 * per_layer, (0.25, 0.5), 0.1, False),
+        (vectors, "0"): (6 + 4 + 4, (0.0, 0.0), 0.0, True),
+        (vectors, "1-2"): (2 * (6 + 4 + 4), (0.25, 0.5), 0.0, False),
+        ("norm/scale", ""): (4, (1.0, 1.0), 0.0, False),
+        ("head/kernel", ""): (20, (10.0, 10.0), 0.2, False),
+        ("head/bias", ""): (5, (10.0, 10.0), 0.0, False),
     }
     assert sum(r.num_parameters for r in rows) == sum(x.size for x in jax.tree.leaves(stacked_params()))
 
@@ -117,7 +118,7 @@ def test_parameter_groups_show_patterns_that_match():
     }
     rows = parameter_groups(stacked_params(), weight_decay=0.0)
     assert all(any(re.fullmatch(row.pattern, name) for name in names) for row in rows)
-    assert not any(row.decay for row in rows)
+    assert not any(row.weight_decay for row in rows)
 
 
 def test_layer_norms_are_per_block_and_add_up():

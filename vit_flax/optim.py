@@ -35,6 +35,7 @@ def make_optimizer(
     timescale_steps: ArrayLike | None = None,
     clip_norm: ArrayLike | None = None,
     decay_mask: Sequence[str] = KERNELS,
+    decay_multipliers: Sequence[Sequence[Any]] = (),
     lr_multipliers: Sequence[Sequence[Any]] = (),
     layer_decay: ArrayLike | None = None,
     freeze: Sequence[str] = (),
@@ -57,7 +58,8 @@ def make_optimizer(
         cooldown_shape: "linear" or "sqrt".
         timescale_steps: of the rsqrt schedule.
         clip_norm: largest global norm of the gradient; 0 is off, None is the rule's default (`CLIP_NORMS`, else off).
-        decay_mask: patterns of the parameters that decay; this and the next four as in `param_groups.make_groups`.
+        decay_mask: patterns of the parameters that decay; this and the next five as in `param_groups.make_groups`.
+        decay_multipliers: pairs (pattern, factor).
         lr_multipliers: pairs (pattern, factor).
         layer_decay: factor of layer-wise learning-rate decay.
         freeze: patterns of the parameters that stay as they are, bit for bit.
@@ -88,6 +90,7 @@ def make_optimizer(
         groups = make_groups(
             params,
             decay_mask=decay_mask,
+            decay_multipliers=decay_multipliers,
             lr_multipliers=lr_multipliers,
             layer_decay=layer_decay,
             freeze=freeze,
@@ -116,11 +119,11 @@ def clip(clip_norm: ArrayLike | None) -> optax.GradientTransformation:
     return optax.clip_by_global_norm(clip_norm)
 
 
-def add_decay(weight_decay: ArrayLike, mask: PyTree) -> optax.GradientTransformation:
-    """Adds weight_decay * parameter to the update, where the mask (broadcast against the parameter) is true."""
+def add_decay(weight_decay: ArrayLike, factors: PyTree) -> optax.GradientTransformation:
+    """Adds weight_decay * factor * parameter to the update; a factor is a scalar or one number per layer."""
     if is_off(weight_decay):
         return optax.identity()
-    return optax.stateless(lambda u, p: jax.tree.map(lambda u, p, m: u + weight_decay * m * p, u, p, mask))
+    return optax.stateless(lambda u, p: jax.tree.map(lambda u, p, f: u + weight_decay * f * p, u, p, factors))
 
 
 def scale_by_tree(factors: PyTree) -> optax.GradientTransformation:
@@ -135,7 +138,8 @@ def only(trained: PyTree, steps: optax.GradientTransformation) -> optax.Gradient
     """
     if all(t.all() for t in jax.tree.leaves(trained)):
         return steps
-    hide = optax.stateless(lambda u, _: jax.tree.map(lambda u, t: jnp.where(t, u, 0), u, trained))
+    # p + (-0.0) is p for every p, while -0.0 + 0.0 is 0.0.
+    hide = optax.stateless(lambda u, _: jax.tree.map(lambda u, t: jnp.where(t, u, -0.0), u, trained))
     return optax.chain(hide, optax.masked(steps, jax.tree.map(np.any, trained)), hide)
 
 

@@ -26,7 +26,8 @@ _BLOCK = re.compile(r"(^|/)block_(\d+)/")
 class ParamGroups(NamedTuple):
     """What applies to each parameter; every tree has the structure of the parameters.
 
-    `decay`, `factor` and `trained` hold arrays that broadcast against the parameter: scalars, or one entry per layer.
+    `decay` multiplies the weight decay (0: none), `factor` the learning rate. They and `trained` hold arrays that
+    broadcast against the parameter: scalars, or one entry per layer.
     """
 
     stacked: PyTree
@@ -47,6 +48,7 @@ def make_groups(
     params: PyTree,
     *,
     decay_mask: Sequence[str] = KERNELS,
+    decay_multipliers: Sequence[Sequence[Any]] = (),
     lr_multipliers: Sequence[Sequence[Any]] = (),
     layer_decay: ArrayLike | None = None,
     freeze: Sequence[str] = (),
@@ -57,6 +59,7 @@ def make_groups(
     Args:
         params: the parameters; only names and shapes are read.
         decay_mask: patterns of the parameters that weight decay applies to.
+        decay_multipliers: pairs (pattern, factor) for their weight decay; the factors of all that match multiply.
         lr_multipliers: pairs (pattern, factor); the factors of all patterns that match multiply. A factor applies to
             the decay of its parameters too, as the learning rate of a parameter group does in torch.
         layer_decay: factor d of layer-wise learning-rate decay: d^(L+1-id), id 0 for the embeddings, i+1 for block i,
@@ -75,30 +78,37 @@ def make_groups(
     frozen = any_match(freeze, params)
     if train_last_blocks is not None:
         frozen = jax.tree.map(lambda f, h: f | (h > train_last_blocks), frozen, height)
-    factor = jax.tree.map(lambda f: np.where(f, 0, 1).astype(np.float32), frozen)
+    trained = jax.tree.map(np.logical_not, frozen)
+    factor = jax.tree.map(lambda t: t.astype(np.float32), trained)
     if layer_decay is not None:
         factor = jax.tree.map(lambda f, h: f * layer_decay ** h.astype(np.float32), factor, height)
-    for pattern, by in lr_multipliers:
-        factor = jax.tree.map(lambda f, hit, by=by: f * (hit * by + ~hit), factor, any_match([pattern], params))
+    decay = jax.tree.map(lambda hit: hit.astype(np.float32), any_match(decay_mask, params))
     return ParamGroups(
         stacked=jax.tree_util.tree_map_with_path(lambda path, _: bool(_STACK.search(name_of(path))), params),
-        decay=any_match(decay_mask, params),
-        factor=factor,
-        trained=jax.tree.map(np.logical_not, frozen),
+        decay=_multiply(decay, decay_multipliers, params),
+        factor=_multiply(factor, lr_multipliers, params),
+        trained=trained,
     )
+
+
+def _multiply(factors: PyTree, multipliers: Sequence[Sequence[Any]], params: PyTree) -> PyTree:
+    for pattern, by in multipliers:
+        factors = jax.tree.map(lambda f, hit, by=by: f * (hit * by + ~hit), factors, any_match([pattern], params))
+    return factors
 
 
 class ParameterGroup(NamedTuple):
     """One line of the table of parameters that are treated alike.
 
-    `lr_factor` is the smallest and the largest multiplier of the learning rate; `layers` is "" outside the blocks.
+    `lr_factor` is the smallest and the largest multiplier of the learning rate, `weight_decay` the one in force before
+    that multiplier; `layers` is "" outside the blocks.
     """
 
     pattern: str
     layers: str
     num_parameters: int
     lr_factor: tuple[float, float]
-    decay: bool
+    weight_decay: float
     frozen: bool
 
 
@@ -107,6 +117,7 @@ def parameter_groups(
     *,
     weight_decay: ArrayLike,
     decay_mask: Sequence[str] = KERNELS,
+    decay_multipliers: Sequence[Sequence[Any]] = (),
     lr_multipliers: Sequence[Sequence[Any]] = (),
     layer_decay: ArrayLike | None = None,
     freeze: Sequence[str] = (),
@@ -118,7 +129,8 @@ def parameter_groups(
     Args:
         params: the parameters; only names and shapes are read.
         weight_decay: with 0 nothing decays.
-        decay_mask: this and the next four as in `make_groups`.
+        decay_mask: this and the next five as in `make_groups`.
+        decay_multipliers: pairs (pattern, factor).
         lr_multipliers: pairs (pattern, factor).
         layer_decay: factor of layer-wise learning-rate decay.
         freeze: patterns of the parameters that stay as they are.
@@ -128,25 +140,26 @@ def parameter_groups(
     groups = make_groups(
         params,
         decay_mask=decay_mask,
+        decay_multipliers=decay_multipliers,
         lr_multipliers=lr_multipliers,
         layer_decay=layer_decay,
         freeze=freeze,
         train_last_blocks=train_last_blocks,
     )
-    layers: dict[str, list[tuple[int, int, float, bool, bool]]] = {}  # name -> (layer, size, factor, decay, frozen)
+    layers: dict[str, list[tuple[int, int, float, float, bool]]] = {}  # name -> (layer, size, factor, decay, frozen)
     columns = (groups.factor, groups.decay, groups.trained)
     for (path, x), *cells in zip(jax.tree_util.tree_leaves_with_path(params), *map(jax.tree.leaves, columns)):
         names = _names(path, x)
         factor, decays, trained = (np.broadcast_to(np.ravel(cell), len(names)) for cell in cells)
         for i, name in enumerate(names):
             block = _BLOCK.search(name)
-            treated = (float(factor[i]), bool(decays[i] and weight_decay != 0), not trained[i])
+            treated = (float(factor[i]), float(decays[i] * weight_decay), not trained[i])
             row = (int(block.group(2)) if block else -1, x.size // len(names), *treated)
             layers.setdefault(_stack_name(name), []).append(row)
     return _merge_alike(layers)
 
 
-def _merge_alike(layers: dict[str, list[tuple[int, int, float, bool, bool]]]) -> list[ParameterGroup]:
+def _merge_alike(layers: dict[str, list[tuple[int, int, float, float, bool]]]) -> list[ParameterGroup]:
     alike: dict[Any, list[str]] = {}
     for name, rows in layers.items():
         rows.sort()

@@ -81,7 +81,7 @@ def lamb(
 
     Deviation: FusedLAMB sees query, key and value of one block as one matrix with one ratio; here each has its own.
     """
-    adapted = jax.tree.map(lambda mask: mask & (weight_decay != 0), groups.decay)
+    adapted = jax.tree.map(lambda decay: decay * weight_decay != 0, groups.decay)
     return Rule(optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype), _scale_by_trust_ratio(groups.stacked, adapted))
 
 
@@ -98,7 +98,8 @@ def lars(
     As MAE's linear probe has it (util/lars.py): decay and ratio go to the parameters of the decay mask, the ratio even
     if weight_decay is 0, and the learning rate comes after the momentum.
     """
-    ratio = _scale_by_trust_ratio(groups.stacked, groups.decay, trust_coefficient)
+    adapted = jax.tree.map(lambda decay: decay != 0, groups.decay)
+    ratio = _scale_by_trust_ratio(groups.stacked, adapted, trust_coefficient)
     return Rule(optax.identity(), optax.chain(ratio, optax.trace(momentum, accumulator_dtype=mu_dtype)))
 
 
