@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_flax.typing import Array, Bool, Float, Int
+from vit_flax.typing import Array, Bool, Float, Int, Shaped
 
 NUM_BINS = 15  # of the calibration error, as in Guo et al. 2017 (arXiv:1706.04599)
 
@@ -26,13 +26,13 @@ def batch_sums(
 
     Args:
         logits: unnormalised scores.
-        labels: class numbers; those under the mask may be anything.
+        labels: class numbers; outside the mask anything, inside it a number that is no class makes the loss NaN.
         mask: False for padding.
         confusion: also count (label, prediction) pairs, an integer matrix [v, v].
     """
     logits = logits.astype(jnp.float32)
     num_classes = logits.shape[-1]
-    labels = jnp.clip(labels, 0, num_classes - 1)
+    labels = jnp.where(labels < 0, num_classes, labels)  # out of range rather than counted from the end
     log_p = jax.nn.log_softmax(logits)
     _, ranked = jax.lax.top_k(logits, min(5, num_classes))
     hits = ranked == labels[:, None]
@@ -54,22 +54,84 @@ def batch_sums(
     return sums
 
 
-def add_sums(total: Mapping[str, Any] | None, sums: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds one batch's sums to the total on the host, in float64 and int64; None starts a total."""
-    wide = {k: np.asarray(v, np.int64 if np.issubdtype(v.dtype, np.integer) else np.float64) for k, v in sums.items()}
-    return wide if total is None else {k: total[k] + v for k, v in wide.items()}
+def multilabel_batch_sums(
+    logits: Float[Array, "b v"],
+    labels: Shaped[Array, "b v"],
+    mask: Bool[Array, "b"],
+) -> dict[str, Any]:
+    """Sums over one batch of multi-label classification, and the scores themselves: average precision ranks them all.
 
-
-def summarise(sums: Mapping[str, Any]) -> dict[str, float]:
-    """Turns sums into figures: loss, top1 and top5 (fractions), ece (expected calibration error), count."""
-    count = int(sums["count"])
-    if count == 0:
-        raise ValueError("No example was evaluated: the split is empty or every example is masked.")
-    gap = np.abs(np.asarray(sums["bin_top1"], np.float64) - np.asarray(sums["bin_confidence"], np.float64))
+    Args:
+        logits: unnormalised scores, a binary decision per class.
+        labels: 1 where the class is present, 0 elsewhere.
+        mask: False for padding.
+    """
+    logits = logits.astype(jnp.float32)
+    loss = jnp.sum(jax.nn.softplus(logits) - labels.astype(jnp.float32) * logits, axis=-1)
     return {
-        "loss": float(sums["loss"]) / count,
-        "top1": int(sums["top1"]) / count,
-        "top5": int(sums["top5"]) / count,
-        "ece": float(gap.sum()) / count,
-        "count": float(count),
+        "count": jnp.sum(mask.astype(jnp.int32)),
+        "loss": jnp.sum(jnp.where(mask, loss, 0.0)),
+        "rows_scores": logits,
+        "rows_labels": labels.astype(bool),
+        "rows_mask": mask,
     }
+
+
+def add_sums(total: Mapping[str, Any] | None, sums: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds one batch's sums to the total on the host, in float64 and int64; None starts a total.
+
+    What starts with `rows_` is collected instead, as a list of arrays without the padding.
+    """
+    wide = {}
+    for name, value in sums.items():
+        value = np.asarray(value)
+        if name.startswith("rows_"):
+            wide[name] = [value[np.asarray(sums["rows_mask"])]]
+        else:
+            wide[name] = value.astype(np.int64 if np.issubdtype(value.dtype, np.integer) else np.float64)
+    return wide if total is None else {name: total[name] + value for name, value in wide.items()}
+
+
+def summarise(total: Mapping[str, Any]) -> dict[str, float]:
+    """Turns a total of `add_sums` into figures.
+
+    Returns: loss and count; for one label top1 and top5 (fractions; fewer than five classes: all of them) and ece, the
+        expected calibration error; for several labels mean_average_precision, over the classes that occur, and a loss
+        summed over the classes.
+
+    Raises:
+        ValueError: not one example was counted.
+    """
+    count = int(total["count"])
+    if count == 0:
+        raise ValueError("No example was evaluated: the split is empty or all of it is masked.")
+    figures = {"loss": float(total["loss"]) / count, "count": float(count)}
+    if "rows_scores" in total:
+        precision = average_precision(np.concatenate(total["rows_scores"]), np.concatenate(total["rows_labels"]))
+        return figures | {"mean_average_precision": float(np.nanmean(precision)) if (precision >= 0).any() else np.nan}
+    gap = np.abs(np.asarray(total["bin_top1"]) - np.asarray(total["bin_confidence"]))
+    return figures | {
+        "top1": float(total["top1"]) / count,
+        "top5": float(total["top5"]) / count,
+        "ece": float(gap.sum()) / count,
+    }
+
+
+def average_precision(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Sum of (R_i - R_i-1) P_i over the distinct scores, per class; NaN for a class without positives.
+
+    Args:
+        scores: [n, v]; only their order within a class counts.
+        labels: [n, v], true where the class is present.
+    """
+    order = np.argsort(-scores, axis=0, kind="stable")
+    scores, labels = np.take_along_axis(scores, order, 0), np.take_along_axis(labels.astype(bool), order, 0)
+    hits = np.cumsum(labels, axis=0)
+    precision = hits / np.arange(1, len(scores) + 1)[:, None]
+    # A score shared by several examples is one threshold: its precision is the one at the last of them.
+    last = np.concatenate([scores[1:] != scores[:-1], np.ones_like(labels[:1])])
+    previous = np.maximum.accumulate(np.where(last, hits, 0), axis=0)
+    gained = hits - np.concatenate([np.zeros_like(hits[:1]), previous[:-1]])
+    positives = hits[-1]
+    area = np.sum(np.where(last, gained * precision, 0.0), axis=0)
+    return np.where(positives > 0, area / np.maximum(positives, 1), np.nan)

@@ -1,21 +1,22 @@
-"""The optimiser: one optax chain, read from top to bottom.
+"""The optimiser: one optax chain, read from top to bottom; and the average of the weights.
 
 Every number may be a Python float or a traced scalar, and the structure of the state depends on none of them: the train
 step rebuilds the transformation from the numbers of a sweep and may be vmapped over its members.
 """
 
-import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from optax import contrib
 
 from vit_flax.param_groups import KERNELS, make_groups
 from vit_flax.schedules import is_off, make_schedule
 from vit_flax.typing import ArrayLike, PyTree
+from vit_flax.update_rules import CLIP_NORMS, find_rule
 
 
 def make_optimizer(
@@ -34,6 +35,7 @@ def make_optimizer(
     timescale_steps: ArrayLike | None = None,
     clip_norm: ArrayLike | None = None,
     decay_mask: Sequence[str] = KERNELS,
+    decay_multipliers: Sequence[Sequence[Any]] = (),
     lr_multipliers: Sequence[Sequence[Any]] = (),
     layer_decay: ArrayLike | None = None,
     freeze: Sequence[str] = (),
@@ -42,10 +44,8 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Builds the optimiser of a run from the `optim` section of a config.
 
-    A frozen parameter is left bit for bit as it is, and takes no part in the clipping norm.
-
     Args:
-        name: the update rule, a key of `RULES`.
+        name: the update rule, a key of `update_rules.RULES`.
         learning_rate: the peak.
         weight_decay: decoupled, in AdamW units: each update subtracts learning_rate * weight_decay * parameter.
         total_steps: number of updates of the run.
@@ -58,10 +58,11 @@ def make_optimizer(
         cooldown_shape: "linear" or "sqrt".
         timescale_steps: of the rsqrt schedule.
         clip_norm: largest global norm of the gradient; 0 is off, None is the rule's default (`CLIP_NORMS`, else off).
-        decay_mask: patterns of the parameters that decay; this and the next four as in `param_groups.make_groups`.
+        decay_mask: patterns of the parameters that decay; this and the next five as in `param_groups.make_groups`.
+        decay_multipliers: pairs (pattern, factor).
         lr_multipliers: pairs (pattern, factor).
         layer_decay: factor of layer-wise learning-rate decay.
-        freeze: patterns of the parameters that stay as they are.
+        freeze: patterns of the parameters that stay as they are, bit for bit.
         train_last_blocks: freezes the embeddings and all but so many blocks.
         **rule: arguments of the update rule, for example b1 and b2 of `adamw`.
 
@@ -82,20 +83,22 @@ def make_optimizer(
         cooldown_shape=cooldown_shape,
         timescale_steps=timescale_steps,
     )
-    make_rule = _find_rule(name, rule)
+    make_rule = find_rule(name, rule, schedule)
     clip_norm = CLIP_NORMS.get(name) if clip_norm is None else clip_norm
 
     def chain(params: PyTree) -> optax.GradientTransformation:
         groups = make_groups(
             params,
-            decay_mask=() if is_off(weight_decay) else decay_mask,
+            decay_mask=decay_mask,
+            decay_multipliers=decay_multipliers,
             lr_multipliers=lr_multipliers,
             layer_decay=layer_decay,
             freeze=freeze,
             train_last_blocks=train_last_blocks,
         )
-        update = make_rule(**rule)
-        return optax.chain(
+        trained, groups = groups.trained, groups.without_frozen()
+        update = make_rule(groups, weight_decay, **rule)
+        steps = optax.chain(
             clip(clip_norm),
             update.direction,
             add_decay(weight_decay, groups.decay),
@@ -104,32 +107,9 @@ def make_optimizer(
             optax.scale_by_schedule(learning_rate_at),
             optax.scale(-1.0),
         )
+        return only(trained, update.wrap(steps, learning_rate_at))
 
     return _built_for_params(chain)
-
-
-class Rule(NamedTuple):
-    """The part of the chain that an optimiser's name stands for."""
-
-    direction: optax.GradientTransformation
-    after_decay: optax.GradientTransformation = optax.identity()
-
-
-def adamw(*, b1: ArrayLike = 0.9, b2: ArrayLike = 0.999, eps: ArrayLike = 1e-8, mu_dtype: str | None = None) -> Rule:
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv:1711.05101)."""
-    return Rule(optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype))
-
-
-def sgd(*, momentum: ArrayLike | None = 0.9, nesterov: bool = False, mu_dtype: str | None = None) -> Rule:
-    """Stochastic gradient descent; momentum None keeps no buffer. The decay is decoupled, not added to the gradient."""
-    return Rule(optax.identity() if momentum is None else optax.trace(momentum, nesterov, mu_dtype))
-
-
-RULES: dict[str, Callable[..., Rule]] = {
-    "adamw": adamw,
-    "sgd": sgd,
-}
-CLIP_NORMS: dict[str, float] = {}
 
 
 def clip(clip_norm: ArrayLike | None) -> optax.GradientTransformation:
@@ -139,47 +119,85 @@ def clip(clip_norm: ArrayLike | None) -> optax.GradientTransformation:
     return optax.clip_by_global_norm(clip_norm)
 
 
-def add_decay(weight_decay: ArrayLike, mask: PyTree) -> optax.GradientTransformation:
-    """Adds weight_decay * parameter to the update, where the mask (broadcast against the parameter) is true."""
+def add_decay(weight_decay: ArrayLike, factors: PyTree) -> optax.GradientTransformation:
+    """Adds weight_decay * factor * parameter to the update; a factor is a scalar or one number per layer."""
     if is_off(weight_decay):
         return optax.identity()
-    return optax.stateless(lambda u, p: jax.tree.map(lambda u, p, m: u + weight_decay * m * p, u, p, mask))
+    return optax.stateless(lambda u, p: jax.tree.map(lambda u, p, f: u + weight_decay * f * p, u, p, factors))
 
 
 def scale_by_tree(factors: PyTree) -> optax.GradientTransformation:
     """Multiplies each update by its own factor, a scalar or one number per layer."""
-    if all(isinstance(f, np.ndarray) and (f == 1).all() for f in jax.tree.leaves(factors)):
-        return optax.identity()
     return optax.stateless(lambda u, _: jax.tree.map(lambda u, f: u * f, u, factors))
 
 
+def only(trained: PyTree, steps: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Restricts a transformation to the parameters, or the layers of a stacked one, where `trained` is true.
+
+    The gradient of a frozen layer is hidden from the clipping norm; a wholly frozen parameter has no optimiser state.
+    """
+    if all(t.all() for t in jax.tree.leaves(trained)):
+        return steps
+    # p + (-0.0) is p for every p, while -0.0 + 0.0 is 0.0.
+    hide = optax.stateless(lambda u, _: jax.tree.map(lambda u, t: jnp.where(t, u, -0.0), u, trained))
+    return optax.chain(hide, optax.masked(steps, jax.tree.map(np.any, trained)), hide)
+
+
+def eval_params(opt_state: PyTree, params: PyTree) -> PyTree:
+    """The weights to evaluate: the average that schedule-free keeps implicitly, otherwise `params` themselves.
+
+    Source: Defazio et al. 2024 (arXiv:2405.15682): y = (1 - b1) z + b1 x, solved for x.
+    """
+    states = jax.tree.leaves(opt_state, is_leaf=lambda s: isinstance(s, contrib.ScheduleFreeState))
+    state = next((s for s in states if isinstance(s, contrib.ScheduleFreeState)), None)
+    if state is None:
+        return params
+
+    def average(y, z):
+        return y if isinstance(z, optax.MaskedNode) else ((y - (1.0 - state.b1) * z) / state.b1).astype(y.dtype)
+
+    return jax.tree.map(average, params, state.z)
+
+
+def ema_update(ema: PyTree, params: PyTree, step: ArrayLike, decay: ArrayLike, warmup: bool = True) -> PyTree:
+    """Moves the exponential moving average of the weights by one step.
+
+    Args:
+        ema: the average so far, in its own dtype; the initial weights before the first update.
+        params: the new weights.
+        step: number of updates of the average done so far.
+        decay: part of the average that is kept, near 1.
+        warmup: keeps at most (1 + step) / (10 + step), so that the initial weights are soon forgotten.
+
+    Source: the warm-up is that of tf.train.ExponentialMovingAverage(num_updates=step).
+    """
+    decay = jnp.asarray(decay, jnp.float32)
+    if warmup:
+        done = jnp.asarray(step).astype(jnp.float32)
+        decay = jnp.minimum(decay, (1.0 + done) / (10.0 + done))
+    # e + (1 - d) (p - e) leaves the average alone where p = e, which d e + (1 - d) p does not.
+    return jax.tree.map(lambda e, p: e + (1.0 - decay).astype(e.dtype) * (p.astype(e.dtype) - e), ema, params)
+
+
 def _built_for_params(chain: Callable[[PyTree], optax.GradientTransformation]) -> optax.GradientTransformation:
-    """A transformation whose parts are made for the tree it is given.
+    """A transformation whose parts are made for the tree it is given, and that works in float32 or better.
 
     optax multiplies int32 counts and float32 numbers, and moments of two precisions: it needs the standard promotion
-    rules, whatever the caller has set, and the update goes back to the gradient's dtype.
+    rules, whatever the caller has set.
     """
+
+    def precise(tree):
+        return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
 
     def init(params):
         with jax.numpy_dtype_promotion("standard"):
-            return chain(params).init(params)
+            return chain(params).init(precise(params))
 
     def update(updates, state, params=None):
         if params is None:
             raise ValueError("This optimiser reads the parameters: call update(gradients, state, params).")
         with jax.numpy_dtype_promotion("standard"):
-            new, state = chain(params).update(updates, state, params)
-            return jax.tree.map(lambda n, u: jnp.asarray(n, u.dtype), new, updates), state
+            updates, state = chain(params).update(precise(updates), state, precise(params))
+        return jax.tree.map(lambda u, p: u.astype(p.dtype), updates, params), state
 
     return optax.GradientTransformation(init, update)
-
-
-def _find_rule(name: str, arguments: dict[str, Any]) -> Callable[..., Rule]:
-    if name not in RULES:
-        raise ValueError(f"Unknown optimiser {name=}; expected one of {', '.join(RULES)}.")
-    known = inspect.signature(RULES[name]).parameters
-    if unknown := sorted(set(arguments) - set(known)):
-        raise ValueError(
-            f"The optimiser {name!r} takes no {', '.join(unknown)}; its own arguments are {', '.join(known)}."
-        )
-    return RULES[name]

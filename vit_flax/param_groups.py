@@ -7,13 +7,15 @@ compared with the whole of either name, so the same pattern selects the same wei
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
-from vit_flax.typing import ArrayLike, PyTree
+from vit_flax.typing import Array, ArrayLike, PyTree
 
 KERNELS = (r"(.*/)?kernel",)
 EMBEDDINGS = r"(.*/)?(patch_embed|posemb|cls_token|registers)/.*"
@@ -24,7 +26,8 @@ _BLOCK = re.compile(r"(^|/)block_(\d+)/")
 class ParamGroups(NamedTuple):
     """What applies to each parameter; every tree has the structure of the parameters.
 
-    `decay`, `factor` and `trained` hold arrays that broadcast against the parameter: scalars, or one entry per layer.
+    `decay` multiplies the weight decay (0: none), `factor` the learning rate. They and `trained` hold arrays that
+    broadcast against the parameter: scalars, or one entry per layer.
     """
 
     stacked: PyTree
@@ -32,11 +35,20 @@ class ParamGroups(NamedTuple):
     factor: PyTree
     trained: PyTree
 
+    def without_frozen(self) -> "ParamGroups":
+        """The same with a hole for each wholly frozen parameter, as `optax.masked` leaves it in the updates."""
+
+        def cut(tree):
+            return jax.tree.map(lambda t, x: x if t.any() else optax.MaskedNode(), self.trained, tree)
+
+        return ParamGroups(*map(cut, self))
+
 
 def make_groups(
     params: PyTree,
     *,
     decay_mask: Sequence[str] = KERNELS,
+    decay_multipliers: Sequence[Sequence[Any]] = (),
     lr_multipliers: Sequence[Sequence[Any]] = (),
     layer_decay: ArrayLike | None = None,
     freeze: Sequence[str] = (),
@@ -47,9 +59,11 @@ def make_groups(
     Args:
         params: the parameters; only names and shapes are read.
         decay_mask: patterns of the parameters that weight decay applies to.
-        lr_multipliers: pairs (pattern, factor); the factors of all patterns that match multiply.
+        decay_multipliers: pairs (pattern, factor) for their weight decay; the factors of all that match multiply.
+        lr_multipliers: pairs (pattern, factor); the factors of all patterns that match multiply. A factor applies to
+            the decay of its parameters too, as the learning rate of a parameter group does in torch.
         layer_decay: factor d of layer-wise learning-rate decay: d^(L+1-id), id 0 for the embeddings, i+1 for block i,
-            L+1 for the rest (MAE, arXiv:2111.06377, appendix A.1; BEiT, arXiv:2106.08254).
+            L+1 for the rest (BEiT, arXiv:2106.08254; MAE, arXiv:2111.06377, table 9).
         freeze: patterns of the parameters that stay as they are.
         train_last_blocks: freezes the embeddings and all but the last so many blocks; 0 leaves the final norm, the
             pooling and the head.
@@ -60,52 +74,174 @@ def make_groups(
     depth = _depths(params)
     if train_last_blocks is not None and not 0 <= train_last_blocks <= min(depth.values(), default=0):
         raise ValueError(f"{train_last_blocks=} must lie between 0 and the depth, found {sorted(depth.values())}.")
-    height = jax.tree_util.tree_map_with_path(lambda path, x: _layers_above(_names(path, x), depth, x.ndim), params)
-    factor = jax.tree.map(lambda h: np.ones_like(h, np.float32), height)
-    if layer_decay is not None:
-        factor = jax.tree.map(lambda h: layer_decay ** h.astype(np.float32), height)
-    for pattern, multiplier in lr_multipliers:
-        factor = jax.tree.map(lambda f, m, by=multiplier: f * (m * by + ~m), factor, _match(pattern, params))
-    frozen = _match_any(freeze, params)
+    height = jax.tree_util.tree_map_with_path(lambda path, x: _layers_above(path, x, depth), params)
+    frozen = any_match(freeze, params)
     if train_last_blocks is not None:
         frozen = jax.tree.map(lambda f, h: f | (h > train_last_blocks), frozen, height)
+    trained = jax.tree.map(np.logical_not, frozen)
+    factor = jax.tree.map(lambda t: t.astype(np.float32), trained)
+    if layer_decay is not None:
+        factor = jax.tree.map(lambda f, h: f * layer_decay ** h.astype(np.float32), factor, height)
+    decay = jax.tree.map(lambda hit: hit.astype(np.float32), any_match(decay_mask, params))
     return ParamGroups(
-        stacked=jax.tree_util.tree_map_with_path(lambda path, _: bool(_STACK.search(_name(path))), params),
-        decay=_match_any(decay_mask, params),
-        factor=factor,
-        trained=jax.tree.map(np.logical_not, frozen),
+        stacked=jax.tree_util.tree_map_with_path(lambda path, _: bool(_STACK.search(name_of(path))), params),
+        decay=_multiply(decay, decay_multipliers, params),
+        factor=_multiply(factor, lr_multipliers, params),
+        trained=trained,
     )
 
 
-def _match_any(patterns: Sequence[str], params: PyTree) -> PyTree:
+def _multiply(factors: PyTree, multipliers: Sequence[Sequence[Any]], params: PyTree) -> PyTree:
+    for pattern, by in multipliers:
+        factors = jax.tree.map(lambda f, hit, by=by: f * (hit * by + ~hit), factors, any_match([pattern], params))
+    return factors
+
+
+class ParameterGroup(NamedTuple):
+    """One line of the table of parameters that are treated alike.
+
+    `lr_factor` is the smallest and the largest multiplier of the learning rate, `weight_decay` the one in force before
+    that multiplier; `layers` is "" outside the blocks.
+    """
+
+    pattern: str
+    layers: str
+    num_parameters: int
+    lr_factor: tuple[float, float]
+    weight_decay: float
+    frozen: bool
+
+
+def parameter_groups(
+    params: PyTree,
+    *,
+    weight_decay: ArrayLike,
+    decay_mask: Sequence[str] = KERNELS,
+    decay_multipliers: Sequence[Sequence[Any]] = (),
+    lr_multipliers: Sequence[Sequence[Any]] = (),
+    layer_decay: ArrayLike | None = None,
+    freeze: Sequence[str] = (),
+    train_last_blocks: int | None = None,
+    **_other_keys_of_the_section: Any,
+) -> list[ParameterGroup]:
+    """Lists how the `optim` section treats the parameters, the same for stacked blocks and for a loop of blocks.
+
+    Args:
+        params: the parameters; only names and shapes are read.
+        weight_decay: with 0 nothing decays.
+        decay_mask: this and the next five as in `make_groups`.
+        decay_multipliers: pairs (pattern, factor).
+        lr_multipliers: pairs (pattern, factor).
+        layer_decay: factor of layer-wise learning-rate decay.
+        freeze: patterns of the parameters that stay as they are.
+        train_last_blocks: freezes the embeddings and all but so many blocks.
+        **_other_keys_of_the_section: the rest of the section, which `make_optimizer` checks.
+    """
+    groups = make_groups(
+        params,
+        decay_mask=decay_mask,
+        decay_multipliers=decay_multipliers,
+        lr_multipliers=lr_multipliers,
+        layer_decay=layer_decay,
+        freeze=freeze,
+        train_last_blocks=train_last_blocks,
+    )
+    layers: dict[str, list[tuple[int, int, float, float, bool]]] = {}  # name -> (layer, size, factor, decay, frozen)
+    columns = (groups.factor, groups.decay, groups.trained)
+    for (path, x), *cells in zip(jax.tree_util.tree_leaves_with_path(params), *map(jax.tree.leaves, columns)):
+        names = _names(path, x)
+        factor, decays, trained = (np.broadcast_to(np.ravel(cell), len(names)) for cell in cells)
+        for i, name in enumerate(names):
+            block = _BLOCK.search(name)
+            treated = (float(factor[i]), float(decays[i] * weight_decay), not trained[i])
+            row = (int(block.group(2)) if block else -1, x.size // len(names), *treated)
+            layers.setdefault(_stack_name(name), []).append(row)
+    return _merge_alike(layers)
+
+
+def _merge_alike(layers: dict[str, list[tuple[int, int, float, float, bool]]]) -> list[ParameterGroup]:
+    alike: dict[Any, list[str]] = {}
+    for name, rows in layers.items():
+        rows.sort()
+        profile = tuple((layer, *treated) for layer, _, *treated in rows)
+        top = name[: block.end()] if (block := _STACK.search(name)) else name.split("/")[0] + "/"
+        alike.setdefault((top, profile), []).append(name)
+    table = []
+    for (top, profile), names in alike.items():
+        for decay, frozen in sorted({(d, f) for _, _, d, f in profile}):
+            mine = [layer for layer, _, d, f in profile if (d, f) == (decay, frozen)]
+            factors = [factor for layer, factor, _, _ in profile if layer in mine]
+            size = sum(row[1] for name in names for row in layers[name] if row[0] in mine)
+            table.append(
+                ParameterGroup(_pattern(top, names), _ranges(mine), size, (min(factors), max(factors)), decay, frozen)
+            )
+    return table
+
+
+def _pattern(top: str, names: list[str]) -> str:
+    """A pattern that matches the names, all of which start with `top`."""
+    inside = [name[len(top) :].split("/") for name in names]
+    modules = "|".join(sorted({parts[0] for parts in inside if len(parts) > 1}))
+    leaves = "|".join(sorted({parts[-1] for parts in inside}))
+    return top + (f"({modules})/.*" if modules else "") + (f"({leaves})" if "|" in leaves else leaves)
+
+
+def _ranges(layers: list[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2, 5"; nothing for what is outside the blocks."""
+    starts = [n for n in layers if n >= 0 and n - 1 not in layers]
+    ends = [n for n in layers if n >= 0 and n + 1 not in layers]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends))
+
+
+def layer_norms(tree: PyTree) -> dict[str, Array]:
+    """Norm of each top-level module and each block of a tree of gradients, updates or parameters.
+
+    The keys, for example "patch_embed", "block_0" and "head", are the same for stacked blocks and for a loop of blocks;
+    the squares add up to the square of `optax.tree.norm(tree)`.
+    """
+    squares: dict[str, Array] = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        names = _names(path, x)
+        by_layer = jnp.sum(jnp.square(x.astype(jnp.float32).reshape(len(names), -1)), axis=1)
+        for i, name in enumerate(names):
+            block = _BLOCK.search(name)
+            key = name[: block.end() - 1] if block else name.split("/")[0]
+            squares[key] = squares[key] + by_layer[i] if key in squares else by_layer[i]
+    return {key: jnp.sqrt(square) for key, square in squares.items()}
+
+
+def any_match(patterns: Sequence[str], params: PyTree) -> PyTree:
+    """For each parameter whether a pattern matches: a scalar, or per layer, shaped to broadcast.
+
+    Raises:
+        ValueError: a pattern that matches nothing (with the nearest names).
+    """
     if isinstance(patterns, str):
         raise ValueError(f"Expected a list of patterns, found the string {patterns!r}; write [{patterns!r}].")
-    nothing = jax.tree_util.tree_map_with_path(
-        lambda path, x: _per_layer([False] * len(_names(path, x)), x.ndim), params
-    )
-    return jax.tree.map(lambda *hits: np.logical_or.reduce(hits), nothing, *(_match(p, params) for p in patterns))
-
-
-def _match(pattern: str, params: PyTree) -> PyTree:
-    regex = re.compile(pattern)
+    found = set()
 
     def hit(name: str) -> bool:
-        return bool(regex.fullmatch(name) or regex.fullmatch(_stack_name(name)))
+        hits = {p for p in patterns if re.fullmatch(p, name) or re.fullmatch(p, _stack_name(name))}
+        found.update(hits)
+        return bool(hits)
 
-    hits = jax.tree_util.tree_map_with_path(
-        lambda path, x: _per_layer([hit(name) for name in _names(path, x)], x.ndim), params
-    )
-    if not any(h.any() for h in jax.tree.leaves(hits)):
-        names = sorted({_stack_name(_name(path)) for path, _ in jax.tree_util.tree_leaves_with_path(params)})
+    hits = jax.tree_util.tree_map_with_path(lambda path, x: _per_layer(hit, path, x), params)
+    for pattern in set(patterns) - found:
+        names = sorted({_stack_name(name_of(path)) for path, _ in jax.tree_util.tree_leaves_with_path(params)})
         near = difflib.get_close_matches(re.sub(r"[^\w/]", "", pattern), names, n=3, cutoff=0.0)
         raise ValueError(
-            f"The pattern {pattern!r} matches no parameter; a pattern has to match the whole name. "
-            f"Near names: {', '.join(near)}. Names of one layer start with block_0/, block_1/, and so on."
+            f"The pattern {pattern!r} matches no parameter; it is compared with the whole name. "
+            f"Near names: {', '.join(near)}. The names of a single layer start with block_0/, block_1/ and so on."
         )
     return hits
 
 
-def _layers_above(names: list[str], depth: dict[str, int], ndim: int) -> np.ndarray:
+def name_of(path: tuple) -> str:
+    """The name of a parameter, "blocks/norm1/scale", from its path in the tree."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _layers_above(path, x, depth: dict[str, int]) -> np.ndarray:
     """L + 1 - id of the parameter's layer: 0 for the head, 1 for the last block, L + 1 for the embeddings."""
 
     def above(name: str) -> int:
@@ -116,7 +252,7 @@ def _layers_above(names: list[str], depth: dict[str, int], ndim: int) -> np.ndar
             return depth[max(owners, key=len)] + 1 if owners else 1
         return 0
 
-    return _per_layer([above(name) for name in names], ndim)
+    return _per_layer(above, path, x)
 
 
 def _depths(params: PyTree) -> dict[str, int]:
@@ -129,21 +265,18 @@ def _depths(params: PyTree) -> dict[str, int]:
     return depth
 
 
+def _per_layer(of_name: Callable[[str], Any], path, x) -> np.ndarray:
+    """The function of each layer's name along a leading axis; of the one name, as a scalar, if there are no layers."""
+    values = np.asarray([of_name(name) for name in _names(path, x)])
+    return values.reshape((-1,) + (1,) * (x.ndim - 1)) if _STACK.search(name_of(path)) else values.reshape(())
+
+
 def _names(path, x) -> list[str]:
-    name = _name(path)
+    name = name_of(path)
     if not _STACK.search(name):
         return [name]
     return [_STACK.sub(rf"\g<1>block_{i}/", name, count=1) for i in range(x.shape[0])]
 
 
-def _per_layer(values: list, ndim: int) -> np.ndarray:
-    """A scalar for one value, otherwise the values along a leading axis of an array of `ndim` axes."""
-    return np.asarray(values[0]) if len(values) == 1 else np.reshape(np.asarray(values), (-1,) + (1,) * (ndim - 1))
-
-
 def _stack_name(name: str) -> str:
     return _BLOCK.sub(r"\1blocks/", name)
-
-
-def _name(path) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -46,7 +46,7 @@ def make_schedule(
         ValueError: an unknown name, durations that do not fit into `total_steps`, a number that would have no effect.
 
     Source: cosine, linear, rsqrt and linear cool-down as in big_vision/utils.py:create_learning_rate_schedule; the
-    "sqrt" cool-down is Hägele et al. 2024 (arXiv:2405.18392), section 3.
+    "sqrt" cool-down is the 1-sqrt of Hägele et al. 2024 (arXiv:2405.18392).
     """
     _check(schedule, cooldown_shape, total_steps, warmup_steps, end_steps, cooldown_steps)
     if schedule == "wsd" and is_off(cooldown_steps):
@@ -59,24 +59,25 @@ def make_schedule(
         )
     if schedule != "rsqrt" and timescale_steps is not None:
         raise ValueError(f"timescale_steps belongs to schedule='rsqrt', found {schedule=}; drop the key.")
-    timescale = 10_000 if timescale_steps is None else timescale_steps
     peak, start, end = (jnp.asarray(x, jnp.float32) for x in (learning_rate, warmup_learning_rate, end_learning_rate))
-    decay_end = total_steps - end_steps
+    warmup, cooldown, hold = (jnp.asarray(x, jnp.float32) for x in (warmup_steps, cooldown_steps, end_steps))
+    timescale = jnp.asarray(10_000 if timescale_steps is None else timescale_steps, jnp.float32)
+    decay_end = total_steps - hold
 
     def learning_rate_at(step: ArrayLike) -> Array:
         t = jnp.asarray(step).astype(jnp.float32)
-        done = jnp.maximum(t - warmup_steps, 0.0)
-        progress = jnp.minimum(done / jnp.maximum(decay_end - warmup_steps, 1), 1.0)
+        done = jnp.maximum(t - warmup, 0.0)
+        progress = jnp.minimum(done / jnp.maximum(decay_end - warmup, 1.0), 1.0)
         fraction = SHAPES[schedule](progress, done / timescale)
         if not is_off(cooldown_steps):
-            left = jnp.clip((decay_end - t) / jnp.maximum(cooldown_steps, 1), 0.0, 1.0)
+            left = jnp.clip((decay_end - t) / jnp.maximum(cooldown, 1.0), 0.0, 1.0)
             fraction = fraction * COOLDOWNS[cooldown_shape](left)
         rate = end + (peak - end) * fraction
         if not is_off(end_steps):
             rate = jnp.where(t >= decay_end, end, rate)
         if not is_off(warmup_steps):
-            warm = start + (peak - start) * t / jnp.maximum(warmup_steps, 1)
-            rate = jnp.where(t < warmup_steps, warm, rate)
+            warm = start + (peak - start) * t / jnp.maximum(warmup, 1.0)
+            rate = jnp.where(t < warmup, warm, rate)
         return rate
 
     return learning_rate_at
