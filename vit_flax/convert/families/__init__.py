@@ -1,0 +1,62 @@
+"""The families of checkpoints, and how a file is recognised."""
+
+import re
+from dataclasses import replace
+
+from vit_flax.convert.families.google import BIG_VISION, GOOGLE
+from vit_flax.convert.families.own import VIT_FLAX
+from vit_flax.convert.source import Source
+from vit_flax.convert.table import Family
+
+FAMILIES: dict[str, Family] = {
+    "google": GOOGLE,
+    "big_vision": BIG_VISION,
+    "vit_flax": VIT_FLAX,
+}
+# What `save_pretrained(family=...)` tries in order.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "npz": ("google", "big_vision"),
+}
+
+# Names that give away what is not supported, and what it is.
+_OUT_OF_SCOPE = {
+    r"relative_position_bias_table|rel_pos_bias": "a BEiT or Swin model, with relative position biases",
+    r"conv_root/kernel|patch_embed\.backbone\.|bit\.embedder": "a hybrid: its patches come from a ResNet",
+    r"^txt/|^text_model\.|^transformer\.resblocks": "a text tower without an image tower",
+}
+
+
+def find_family(source: Source, name: str | None) -> tuple[Family, Source]:
+    """The family of a file, and the file with its names spelled as in the family's table.
+
+    Args:
+      source: as opened.
+      name: a key of `FAMILIES`; None to find it.
+
+    Raises: ValueError: unknown name, a file of no family or of several, or a file that is not of the family named.
+    """
+    if name is not None and name not in FAMILIES:
+        raise ValueError(f"Unknown family {name!r}: expected one of {', '.join(FAMILIES)}.")
+    spelled = {n: replace(source, tensors=family.spell(source.tensors)) for n, family in FAMILIES.items()}
+    found = [n for n, family in FAMILIES.items() if family.matches(spelled[n])]
+    if name is None:
+        if len(found) != 1:
+            raise _unclear(source, found)
+        name = found[0]
+    elif name not in found:
+        also = f" It looks like {', '.join(found)}." if found else ""
+        raise ValueError(f"{source.path} does not look like family={name!r} ({FAMILIES[name].about}).{also}")
+    return FAMILIES[name], spelled[name]
+
+
+def _unclear(source: Source, found: list[str]) -> ValueError:
+    if found:
+        return ValueError(f"{source.path} could be any of {', '.join(found)}: say which with family=...")
+    for pattern, what in _OUT_OF_SCOPE.items():
+        if key := next((key for key in source.tensors if re.search(pattern, key)), None):
+            return ValueError(f"{source.path} looks like {what} ({key!r}).")
+    keys = list(source.tensors)[:5]
+    return ValueError(
+        f"{source.path} is of no known family: its {len(source.tensors)} tensors begin with {keys}. Known are "
+        + "; ".join(f"{family.name} ({family.about})" for family in FAMILIES.values())
+    )

@@ -1,0 +1,80 @@
+"""What became of every tensor of a checkpoint and every parameter of the model."""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The account of one load; `print(report)` is meant to be read.
+
+    Attributes:
+      path: of the checkpoint.
+      family: that it was read as.
+      posemb_resize: how its reference implementation resizes the position table (a key of `resample.METHODS`).
+      loaded: our parameters that came from the file, with their shapes.
+      resampled: those of them that were changed on the way: path -> (what was done, old shape, new shape).
+      reinitialised: our parameters that did not come from the file: path -> (why, shape).
+      unused: tensors of the file that went nowhere: key -> (why, shape).
+      missing: our parameters that the file lacked and `ignore` excused; they are in `reinitialised` too.
+    """
+
+    path: str
+    family: str
+    posemb_resize: str
+    loaded: Mapping[str, Shape]
+    resampled: Mapping[str, tuple[str, Shape, Shape]] = field(default_factory=dict)
+    reinitialised: Mapping[str, tuple[str, Shape]] = field(default_factory=dict)
+    unused: Mapping[str, tuple[str, Shape]] = field(default_factory=dict)
+    missing: Mapping[str, Shape] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}: {self.family}, {len(self.loaded)} parameters loaded"]
+        lines += [
+            f"  resampled      {p} {list(old)} -> {list(new)}: {how}" for p, (how, old, new) in self.resampled.items()
+        ]
+        lines += [f"  reinitialised  {p} {list(shape)}: {why}" for p, (why, shape) in self.reinitialised.items()]
+        lines += [f"  missing        {p} {list(shape)}: excused by ignore" for p, shape in self.missing.items()]
+        lines += [f"  unused         {k} {list(shape)}: {why}" for k, (why, shape) in self.unused.items()]
+        return "\n".join(lines)
+
+
+def unexplained(
+    path: str, unused: Mapping[str, Shape], missing: Mapping[str, tuple[str, Shape]], most: int = 20
+) -> ValueError:
+    """The error for tensors without a parameter and parameters without a tensor, with the nearest names.
+
+    Args:
+      path: of the checkpoint.
+      unused: key in the file -> shape.
+      missing: path in the model -> (the name that was looked for, shape).
+      most: lines per group.
+    """
+    wanted = [name for name, _ in missing.values()]
+    lines = [
+        f"{path}: {len(unused)} tensors of the file have no place in the model, {len(missing)} parameters no tensor."
+    ]
+    for key, shape in list(unused.items())[:most]:
+        lines.append(f"  + in the file only:  {key} {list(shape)}{nearest(key, wanted)}")
+    for name, (theirs, shape) in list(missing.items())[:most]:
+        lines.append(f"  - in the model only: {name} {list(shape)}, looked for as {theirs}{nearest(theirs, unused)}")
+    lines += [f"  ... {n} more" for n in [max(len(unused) - most, 0) + max(len(missing) - most, 0)] if n]
+    lines.append(f"Wrong family or wrong fields? To go on without them: ignore={_patterns([*unused, *missing])}")
+    return ValueError("\n".join(lines))
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A hint with the most similar of some names, or nothing."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.8)
+    return f" (nearest: {close[0]})" if close else ""
+
+
+def _patterns(names: Sequence[str], most: int = 6) -> list[str]:
+    """Regular expressions that match the names and read well: one per name, or per first part if there are many."""
+    if len(names) <= most:
+        return [f"^{name}$".replace(".", r"\.") for name in names]
+    heads = dict.fromkeys(name.replace("/", ".").split(".")[0] for name in names)
+    return [f"^{head}" for head in list(heads)[:most]]

@@ -1,0 +1,181 @@
+"""`save_pretrained`: from our model and its parameters to files that another library opens."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from vit_flax.convert import engine
+from vit_flax.convert.families import FAMILIES, GROUPS
+from vit_flax.convert.preprocess import Preprocess
+from vit_flax.convert.source import CONFIG, PREPROCESSOR, WEIGHTS, Source, Tensor
+from vit_flax.convert.table import Family, Outgoing
+from vit_flax.models import ViT
+from vit_flax.models.layout import stack_blocks
+
+# Fields of `ViT` that say how to train or compute and not what the function is; no file format carries them.
+_NOT_ARCHITECTURE = {
+    "drop_path", "drop_path_ramp", "dropout", "attention_dropout", "head_dropout", "head_bias_init", "head_zero_init",
+    "scan", "remat", "attention_impl", "return_attention", "dtype", "param_dtype", "parent", "name",
+}  # fmt: skip
+
+
+def save_pretrained(
+    directory: str | Path,
+    model: ViT,
+    params: Mapping[str, Any],
+    *,
+    family: str,
+    class_names: Sequence[str] | None = None,
+    preprocess: Preprocess | None = None,
+    posemb_resize: str = "bicubic_antialias",
+) -> Path:
+    """Writes a checkpoint that the family's own library opens, or explains why that library cannot express the model.
+
+    What was written is read back as a description before anything reaches the disk, and compared with the model: so a
+    field that the target cannot hold is an error and never a silent change.
+
+    Args:
+      directory: to create; must not exist yet, or be empty. A name that ends in .npz is the file itself.
+      model: with the fields that its parameters were trained for.
+      params: of the model, scanned or looped.
+      family: a key of `families.FAMILIES`, or of `families.GROUPS` ("hf", "timm", "npz", "vit_flax") for the first
+        member that can express the model.
+      class_names: one per logit, where the format has a place for them.
+      preprocess: where the format has a place for it; its image size also says the rows of a rectangular grid.
+      posemb_resize: how the position table is to be resampled later (kept by our own format only).
+
+    Returns: the folder, or the .npz file.
+
+    Raises:
+      FileExistsError: there is something at `directory` already.
+      ValueError: the target cannot express the model; every reason is listed. Nothing was written.
+    """
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise FileExistsError(f"{directory} exists and is not empty: choose another place, or remove it first.")
+    names = GROUPS.get(family, (family,))
+    if unknown := [n for n in names if n not in FAMILIES]:
+        raise ValueError(f"Unknown family {unknown[0]!r}: expected one of {', '.join([*GROUPS, *FAMILIES])}.")
+    out = _outgoing(model, params, class_names, preprocess, posemb_resize)
+    reasons: dict[str, list[str]] = {}
+    for kind in sorted((FAMILIES[n] for n in names), key=lambda kind: _moves_positions(kind, out.model)):
+        tensors, files, reasons[kind.name] = _express(kind, out)
+        if not reasons[kind.name]:
+            return _write(directory, kind, tensors, files)
+    listed = "\n".join(f"  {name}: {'; '.join(why)}" for name, why in reasons.items())
+    raise ValueError(f"The model cannot be written as {family!r}:\n{listed}\nNothing was written.")
+
+
+def _outgoing(
+    model: ViT, params: Mapping[str, Any], class_names: Any, preprocess: Preprocess | None, posemb_resize: str
+) -> Outgoing:
+    flat = {p: np.asarray(w) for p, w in flatten_dict(stack_blocks(params), sep="/").items()}
+    flat = {p: w.astype(np.float32) if w.dtype == ml_dtypes.bfloat16 else w for p, w in flat.items()}
+    ph, pw = (model.patch_size, model.patch_size) if isinstance(model.patch_size, int) else model.patch_size
+    channels = flat["patch_embed/kernel"].shape[0] // (ph * pw)
+    if "posemb/table" in flat:
+        patches = flat["posemb/table"].shape[1]
+        rows = preprocess.image_size[0] // ph if preprocess else round(patches**0.5)
+        if patches % rows or (preprocess and preprocess.image_size[1] // pw * rows != patches):
+            raise ValueError(
+                f"The position table has {patches} patches; give `preprocess` with the image size that they come from."
+            )
+        image_size = (rows * ph, patches // rows * pw)
+    else:
+        image_size = preprocess.image_size if preprocess else (224 // ph * ph, 224 // pw * pw)
+    if class_names is not None and len(class_names) != model.num_classes:
+        raise ValueError(f"{len(class_names)} class names for num_classes={model.num_classes}.")
+    model = model.clone(scan=True)
+    shapes = engine.parameter_shapes(model, image_size, channels)
+    wrong = {p for p in {*shapes, *flat} if p not in shapes or p not in flat or shapes[p].shape != flat[p].shape}
+    if wrong:
+        raise ValueError(f"The parameters are not those of the model; they differ in {sorted(wrong)[:10]}.")
+    names = tuple(class_names) if class_names is not None else None
+    return Outgoing(model, flat, channels, image_size, preprocess, names, posemb_resize)
+
+
+def _express(kind: Family, out: Outgoing) -> tuple[dict[str, np.ndarray], dict[str, dict[str, Any]], list[str]]:
+    """Tensors, files and the reasons why they would not be this model."""
+    if kind.config is None:
+        return {}, {}, ["this family is only read"]
+    out = _place_positions(out, kind.token_positions)
+    try:
+        files = kind.config(out)
+        tensors, left = engine.write(out.params, kind.rows(out.model))
+        stored = {n: Tensor(n, w.shape, w.dtype, lambda w=w: w) for n, w in tensors.items()}
+        source = Source(kind.name, kind.spell(stored), files.get(CONFIG, {}), files.get(PREPROCESSOR, {}))
+        if not kind.matches(source):
+            return {}, {}, ["it would not be recognised as one"]
+        spec = kind.describe(source)
+        back = ViT(**spec.fields)
+    except ValueError as error:
+        return {}, {}, [str(error)]
+    ours, theirs = architecture(out.model), architecture(back)
+    reasons = [f"{f}={ours[f]!r} would come back as {theirs[f]!r}" for f in ours if ours[f] != theirs[f]]
+    for path in sorted(left):
+        if path not in spec.constants:
+            reasons.append(f"it has no place for {path}")
+        elif np.any(out.params[path] != spec.constants[path]):
+            reasons.append(f"it cannot hold {path}, which would have to be {spec.constants[path]:g} everywhere")
+    return tensors, files, reasons
+
+
+def architecture(model: ViT) -> dict[str, Any]:
+    """The fields that say which function a model computes, with every default resolved."""
+    values = {f.name: getattr(model, f.name) for f in fields(model) if f.name not in _NOT_ARCHITECTURE}
+    values["class_token"] = model.has_class_token
+    values["class_token_position"] = (
+        model.class_token_position and model.posemb == "learned" and (model.has_class_token or model.dist_token)
+    )
+    values["head_dim"] = model.head_dim or model.width // model.num_heads
+    values["layer_scale"] = model.layer_scale is not None  # the initial value does not outlive training
+    if isinstance(model.patch_size, int):
+        values["patch_size"] = (model.patch_size, model.patch_size)
+    return values
+
+
+def _moves_positions(kind: Family, model: ViT) -> bool:
+    return kind.token_positions not in (None, architecture(model)["class_token_position"])
+
+
+def _place_positions(out: Outgoing, wanted: bool | None) -> Outgoing:
+    """Adds the class token's position to the token for a family without a slot for it; zeros the other way round."""
+    model, params = out.model, dict(out.params)
+    tokens = [t for t in ("cls_token", "dist_token") if f"{t}/token" in params]
+    if wanted is None or model.posemb != "learned" or not tokens or model.class_token_position == wanted:
+        return out
+    for token in tokens:
+        if wanted:
+            params[f"{token}/position"] = np.zeros_like(params[f"{token}/token"])
+        else:
+            params[f"{token}/token"] = params[f"{token}/token"] + params.pop(f"{token}/position")
+    return out.replace(model=model.clone(class_token_position=wanted), params=params)
+
+
+def _write(directory: Path, kind: Family, tensors: Mapping[str, np.ndarray], files: Mapping[str, Any]) -> Path:
+    """Into a temporary neighbour first, so that a full disk leaves nothing half-written under the final name."""
+    target = directory / "model.npz" if kind.suffix == ".npz" and directory.suffix != ".npz" else directory
+    folder = target.parent if target.suffix == ".npz" else directory.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".vit_flax_") as scratch:
+        made = Path(scratch) / "made"
+        if kind.suffix == ".npz":
+            with open(made, "wb") as file:
+                np.savez(file, **tensors)  # type: ignore[arg-type]
+        else:
+            made.mkdir()
+            from safetensors.numpy import save_file
+
+            save_file(dict(tensors), made / WEIGHTS, metadata={"format": "pt"})
+            for name, content in files.items():
+                (made / name).write_text(json.dumps(content, indent=2) + "\n")
+        os.replace(made, target)
+    return target

@@ -1,0 +1,174 @@
+"""What a family of checkpoints is: a table of rows (our name, their name, an invertible operation) and a few values.
+
+Names on our side are paths in the parameter tree with the blocks stacked, such as `blocks/attention/query/kernel`
+`[l, d, k, e]`. On their side `{i}` stands for the number of a block. Several rows may share one foreign tensor (a fused
+projection, a position table with a slot for the class token): each takes its part, and the writer puts them together.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from vit_flax.convert.preprocess import Preprocess
+from vit_flax.convert.resample import Grid
+from vit_flax.convert.source import Source, Tensor
+from vit_flax.models import ViT
+
+
+@dataclass(frozen=True)
+class Op:
+    """An invertible change of layout.
+
+    Attributes:
+      read: their tensor -> a view of it in our order of axes; the engine groups axes as our parameter has them.
+      write: our parameters, one per row that shares the tensor -> their tensor.
+    """
+
+    read: Callable[[np.ndarray], np.ndarray]
+    write: Callable[[Sequence[np.ndarray]], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter of ours, and the foreign tensor (or part of one) that it comes from."""
+
+    ours: str
+    theirs: str
+    op: Op
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What one file holds, as far as its family can tell from names, shapes and configuration.
+
+    Attributes:
+      fields: of `ViT`, for the model that computes what the reference implementation computes.
+      grid: rows and columns of the stored position table; None if there is none.
+      channels: of the image.
+      posemb_resize: the key of `resample.METHODS` by which the reference implementation resizes the table.
+      patch_resize: the same for the patch embedding.
+      preprocess: what the images must have gone through; None if the file does not say.
+      class_names: None if the file does not say.
+      unused: patterns of tensors that belong to the file but not to this model (decoders, text towers).
+      constants: parameters of ours that the family does not store, and their value.
+    """
+
+    fields: dict[str, Any]
+    channels: int
+    posemb_resize: str
+    patch_resize: str
+    grid: Grid | None = None
+    preprocess: Preprocess | None = None
+    class_names: tuple[str, ...] | None = None
+    unused: tuple[str, ...] = ()
+    constants: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """What the configuration files of a written checkpoint are made from."""
+
+    model: ViT
+    params: Mapping[str, np.ndarray]
+    channels: int
+    image_size: Grid
+    preprocess: Preprocess | None
+    class_names: tuple[str, ...] | None
+    posemb_resize: str
+
+    def replace(self, **changes: Any) -> "Outgoing":
+        """The same with some attributes changed."""
+        return dataclasses.replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Everything that sets one kind of checkpoint apart.
+
+    Attributes:
+      name: as in `load_pretrained(family=...)`.
+      about: one line for people.
+      matches: whether a file is of this kind, by its spelled names and its configuration.
+      describe: reads the specification off a file that matches.
+      rows: the table, for a model.
+      spell: brings the spellings that occur to the one of the table.
+      config: the contents of the files to write beside the weights, by name; None if the family is only read.
+      token_positions: whether the class token has a slot in the family's position table; None if both occur.
+      suffix: of the file that is written.
+    """
+
+    name: str
+    about: str
+    matches: Callable[[Source], bool]
+    describe: Callable[[Source], Spec]
+    rows: Callable[[ViT], list[Row]]
+    spell: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict
+    config: Callable[[Outgoing], dict[str, dict[str, Any]]] | None = None
+    token_positions: bool | None = None
+    suffix: str = ".safetensors"
+
+
+SAME = Op(lambda w: w, lambda ws: ws[0])
+FLAT = Op(lambda w: w, lambda ws: ws[0].reshape(-1))  # a vector on their side, whatever its axes on ours
+TOKEN = Op(lambda w: w.reshape(1, 1, -1), lambda ws: ws[0].reshape(-1))
+# Their kernels are [out, in]. Ours split the inner axis into heads, on the side where the heads are.
+LINEAR = Op(lambda w: w.T, lambda ws: ws[0].reshape(len(ws[0]), -1).T)
+LINEAR_FROM_HEADS = Op(lambda w: w.T, lambda ws: ws[0].reshape(-1, ws[0].shape[-1]).T)
+
+
+def convolution(patch_size: int | tuple[int, int], *, channels_last: bool = False) -> Op:
+    """The patch embedding: a convolution on their side, a matrix over flattened patches on ours."""
+    ph, pw = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+
+    def grouped(ws: Sequence[np.ndarray]) -> np.ndarray:
+        return ws[0].reshape(ph, pw, -1, ws[0].shape[-1])
+
+    if channels_last:
+        return Op(lambda w: w, grouped)
+    return Op(lambda w: w.transpose(2, 3, 1, 0), lambda ws: grouped(ws).transpose(3, 2, 0, 1))
+
+
+def part(index: int, count: int, op: Op) -> Op:
+    """The `index`-th of `count` equal parts along their first axis; the writer joins the parts in the table's order."""
+    return Op(
+        lambda w: op.read(np.split(w, count)[index]),
+        lambda ws: np.concatenate([op.write([w]) for w in ws]),
+    )
+
+
+def slots(first: int, last: int | None, *, flat: bool = False) -> Op:
+    """Positions `first` to `last` of a table `[1, n, d]`, or `[n, d]` where `flat`."""
+    return Op(
+        lambda w: w.reshape(1, *w.shape[-2:])[:, first:last],
+        lambda ws: np.concatenate(ws, axis=1)[0] if flat else np.concatenate(ws, axis=1),
+    )
+
+
+def linear(ours: str, theirs: str, op: Op = LINEAR) -> list[Row]:
+    """Kernel and bias of a PyTorch linear layer."""
+    return [Row(f"{ours}/kernel", f"{theirs}.weight", op), Row(f"{ours}/bias", f"{theirs}.bias", FLAT)]
+
+
+def norm(ours: str, theirs: str) -> list[Row]:
+    """Scale and bias of a PyTorch LayerNorm."""
+    return [Row(f"{ours}/scale", f"{theirs}.weight", SAME), Row(f"{ours}/bias", f"{theirs}.bias", SAME)]
+
+
+def fused(ours: str, theirs: str, names: Sequence[str], *, join: str = ".") -> list[Row]:
+    """Several of our linear layers that are one layer of theirs, one below the other."""
+    return [
+        Row(f"{ours}/{name}/{leaf}", f"{theirs}{join}{suffix}", part(index, len(names), op))
+        for leaf, suffix, op in (("kernel", "weight", LINEAR), ("bias", "bias", FLAT))
+        for index, name in enumerate(names)
+    ]
+
+
+def positions(model: ViT, theirs: str, *, flat: bool = False) -> list[Row]:
+    """A position table, and the slots in front of the grid's for tokens that have a position of their own."""
+    tokens = [t for t, there in (("cls_token", model.has_class_token), ("dist_token", model.dist_token)) if there]
+    tokens = tokens if model.class_token_position else []
+    rows = [Row(f"{t}/position", theirs, slots(i, i + 1, flat=flat)) for i, t in enumerate(tokens)]
+    return [*rows, Row("posemb/table", theirs, slots(len(tokens), None, flat=flat))]
