@@ -24,8 +24,9 @@ from vit_flax.hooks import Every, Hook
 from vit_flax.losses import LOSSES
 from vit_flax.models import make_model
 from vit_flax.models.vit import ViT
-from vit_flax.optim import RULES, make_optimizer
+from vit_flax.optim import make_optimizer
 from vit_flax.step import TrainState, classification, init_state, train_step
+from vit_flax.update_rules import RULES
 from vit_flax.writer import TrainLog, Writer
 
 
