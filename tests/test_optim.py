@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from vit_tree import DEPTH, full_params, gradients, quick_jit, stacked_params, to_loop, train, unrolled
 
+from tests.vit_tree import DEPTH, full_params, gradients, quick_jit, stacked_params, to_loop, train, unrolled
 from vit_flax.optim import ema_update, eval_params, make_optimizer
 from vit_flax.update_rules import RULES
 

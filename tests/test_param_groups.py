@@ -3,8 +3,8 @@ import re
 import jax
 import numpy as np
 import pytest
-from vit_tree import DEPTH, full_params, to_loop
 
+from tests.vit_tree import DEPTH, full_params, to_loop
 from vit_flax.param_groups import layer_norms, make_groups, parameter_groups
 
 

@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 import pytest
-from vit_tree import DEPTH, stacked_params, to_loop, train
 
+from tests.vit_tree import DEPTH, stacked_params, to_loop, train
 from vit_flax.optim import make_optimizer
 
 LR, WD = 0.1, 0.3
