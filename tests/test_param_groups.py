@@ -3,13 +3,13 @@ import re
 import jax
 import numpy as np
 import pytest
-from vit_tree import DEPTH, stacked_params, to_loop
 
+from tests.vit_tree import DEPTH, full_params, to_loop
 from vit_flax.param_groups import layer_norms, make_groups, parameter_groups
 
 
 def test_layer_decay_factors_are_those_of_mae():
-    factor = make_groups(stacked_params(), layer_decay=0.5).factor
+    factor = make_groups(full_params(), layer_decay=0.5).factor
     for module in ("patch_embed", "posemb", "cls_token"):
         assert set(map(float, jax.tree.leaves(factor[module]))) == {0.5 ** (DEPTH + 1)}
     for leaf in jax.tree.leaves(factor["blocks"]):
@@ -18,7 +18,7 @@ def test_layer_decay_factors_are_those_of_mae():
 
 
 def test_factors_broadcast_against_their_parameter():
-    params = stacked_params()
+    params = full_params()
     groups = make_groups(params, layer_decay=0.5, freeze=["block_1/.*"])
     for tree in (groups.factor, groups.trained, groups.decay):
         shapes = jax.tree.map(lambda x, p: np.broadcast_shapes(np.shape(x), p.shape) == p.shape, tree, params)
@@ -27,7 +27,7 @@ def test_factors_broadcast_against_their_parameter():
 
 
 def test_two_encoders_count_their_own_layers():
-    deep = {"image": stacked_params(), "text": {**to_loop(stacked_params()), "head": {"kernel": np.zeros((4, 2))}}}
+    deep = {"image": full_params(), "text": {**to_loop(full_params()), "head": {"kernel": np.zeros((4, 2))}}}
     del deep["text"]["block_2"]
     factor = make_groups(deep, layer_decay=0.5).factor
     assert factor["image"]["posemb"]["table"] == 0.5**4
@@ -45,7 +45,7 @@ def test_two_encoders_count_their_own_layers():
     ],
 )
 def test_one_pattern_selects_the_same_layers_in_both_layouts(layout, pattern, selected):
-    decay = make_groups(layout(stacked_params()), decay_mask=[pattern]).decay
+    decay = make_groups(layout(full_params()), decay_mask=[pattern]).decay
     if "blocks" in decay:
         got = decay["blocks"]["mlp"]["fc1"]["kernel"].ravel().astype(bool).tolist()
     else:
@@ -55,28 +55,28 @@ def test_one_pattern_selects_the_same_layers_in_both_layouts(layout, pattern, se
 
 def test_multipliers_multiply():
     multipliers = [["head/.*", 10.0], [".*/kernel", 0.5]]
-    factor = make_groups(stacked_params(), lr_multipliers=multipliers).factor
+    factor = make_groups(full_params(), lr_multipliers=multipliers).factor
     assert float(factor["head"]["kernel"]) == 5.0
     assert float(factor["head"]["bias"]) == 10.0
 
 
 def test_a_pattern_that_matches_nothing_names_itself_and_its_neighbours():
     with pytest.raises(ValueError, match=r"'patch_embd/\.\*' matches no parameter.*patch_embed/bias"):
-        make_groups(stacked_params(), freeze=["head/.*", "patch_embd/.*"])
+        make_groups(full_params(), freeze=["head/.*", "patch_embd/.*"])
     with pytest.raises(ValueError, match=r"'block_3/\.\*' matches no parameter"):
-        make_groups(stacked_params(), lr_multipliers=[["block_3/.*", 0.1]])
+        make_groups(full_params(), lr_multipliers=[["block_3/.*", 0.1]])
     with pytest.raises(ValueError, match=r"'kernel' matches no parameter"):
-        make_groups(stacked_params(), decay_mask=["kernel"])
+        make_groups(full_params(), decay_mask=["kernel"])
 
 
 def test_a_string_in_place_of_a_list_is_refused():
     with pytest.raises(ValueError, match=r"write \['head/\.\*'\]"):
-        make_groups(stacked_params(), freeze="head/.*")
+        make_groups(full_params(), freeze="head/.*")
 
 
 def test_more_blocks_than_there_are_is_an_error():
     with pytest.raises(ValueError, match=r"train_last_blocks=4 must lie between 0 and the depth, found \[3\]"):
-        make_groups(stacked_params(), train_last_blocks=4)
+        make_groups(full_params(), train_last_blocks=4)
 
 
 SECTION = {
@@ -91,7 +91,7 @@ SECTION = {
 
 @pytest.mark.parametrize("layout", [lambda p: p, to_loop], ids=["stacked", "loop"])
 def test_parameter_groups_say_what_happens(layout):
-    rows = parameter_groups(layout(stacked_params()), **SECTION)
+    rows = parameter_groups(layout(full_params()), **SECTION)
     table = {(r.pattern, r.layers): (r.num_parameters, r.lr_factor, round(r.weight_decay, 6), r.frozen) for r in rows}
     kernels, vectors = "blocks/(attention|mlp)/.*kernel", "blocks/(attention|norm1)/.*(bias|scale)"
     per_layer = 4 * 6 + 6 * 4 + 4 * 6 + 6 * 4
@@ -108,21 +108,21 @@ def test_parameter_groups_say_what_happens(layout):
         ("head/kernel", ""): (20, (10.0, 10.0), 0.2, False),
         ("head/bias", ""): (5, (10.0, 10.0), 0.0, False),
     }
-    assert sum(r.num_parameters for r in rows) == sum(x.size for x in jax.tree.leaves(stacked_params()))
+    assert sum(r.num_parameters for r in rows) == sum(x.size for x in jax.tree.leaves(full_params()))
 
 
 def test_parameter_groups_show_patterns_that_match():
     names = {
         jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, _ in jax.tree_util.tree_leaves_with_path(stacked_params())
+        for path, _ in jax.tree_util.tree_leaves_with_path(full_params())
     }
-    rows = parameter_groups(stacked_params(), weight_decay=0.0)
+    rows = parameter_groups(full_params(), weight_decay=0.0)
     assert all(any(re.fullmatch(row.pattern, name) for name in names) for row in rows)
     assert not any(row.weight_decay for row in rows)
 
 
 def test_layer_norms_are_per_block_and_add_up():
-    params = stacked_params()
+    params = full_params()
     norms = layer_norms(params)
     assert set(norms) == {"patch_embed", "posemb", "cls_token", "block_0", "block_1", "block_2", "norm", "head"}
     squares = sum(float((x.astype(np.float64) ** 2).sum()) for x in jax.tree.leaves(params))

@@ -339,13 +339,13 @@ def test_make_data():
         eval_split="test",
         batch_size=8,
         eval_batch_size=4,
-        train_transforms=[{"op": "flip"}],
+        train_transforms=[{"op": "decode", "channels": 1}],
         eval_transforms=[],
         num_threads=1,
     )
     assert (data.num_classes, data.class_names, data.num_train) == (4, ("0", "1", "2", "3"), 36)
     batches = data.train(seed=0, start_step=3, process_index=1, process_count=2)
-    assert next(batches)["image"].shape == (4, 6, 6, 3)
+    assert next(batches)["image"].shape == (4, *data.image_shape) == (4, 6, 6, 1)
     batches.close()
     assert [int(batch["mask"].sum()) for batch in data.eval()] == [4, 4, 1]
     fingerprint = json.loads(json.dumps(data.fingerprint()))

@@ -38,7 +38,7 @@ def run(ops, image, seed=0):
 
 def jpeg(pixels) -> bytes:
     out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "JPEG", quality=95, subsampling=0)
+    Image.fromarray(pixels).save(out, "JPEG", quality=95)
     return out.getvalue()
 
 
@@ -138,7 +138,7 @@ def test_resize_without_antialias_reads_between_neighbours(size, pixels):
 
 
 @pytest.mark.parametrize("name", ["resize", "resize_small", "inception_crop"])
-@pytest.mark.parametrize(("size_px", "reduced"), [(60, True), (160, False)])
+@pytest.mark.parametrize(("size_px", "reduced"), [(60, True), (160, False)])  # 301 / 2 / 160 is below 1.25
 def test_scaled_decoding_shows_the_same_picture(name, size_px, reduced, pixels):
     data = jpeg(pixels)
     in_full = np.asarray(Image.open(io.BytesIO(data)))

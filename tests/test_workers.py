@@ -127,7 +127,7 @@ def test_reading_ahead_is_bounded():
 
 JOB = """
 import sys, time
-from test_workers import AddNoise, source
+from tests.test_workers import AddNoise, source
 from vit_flax.data.pipeline import train_batches
 if __name__ == "__main__":
     batches = train_batches(source(), transform=AddNoise(), batch_size=8, seed=0, num_workers=1)

@@ -31,6 +31,7 @@ class Rule(NamedTuple):
 def adamw(
     groups: ParamGroups,
     weight_decay: ArrayLike,
+    /,
     *,
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
@@ -44,6 +45,7 @@ def adamw(
 def sgd(
     groups: ParamGroups,
     weight_decay: ArrayLike,
+    /,
     *,
     momentum: ArrayLike | None = 0.9,
     nesterov: bool = False,
@@ -56,6 +58,7 @@ def sgd(
 def lion(
     groups: ParamGroups,
     weight_decay: ArrayLike,
+    /,
     *,
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.99,
@@ -68,6 +71,7 @@ def lion(
 def lamb(
     groups: ParamGroups,
     weight_decay: ArrayLike,
+    /,
     *,
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
@@ -88,6 +92,7 @@ def lamb(
 def lars(
     groups: ParamGroups,
     weight_decay: ArrayLike,
+    /,
     *,
     momentum: ArrayLike = 0.9,
     trust_coefficient: ArrayLike = 0.001,
@@ -106,6 +111,7 @@ def lars(
 def adafactor(
     groups: ParamGroups,
     weight_decay: ArrayLike,
+    /,
     *,
     momentum: ArrayLike | None = 0.9,
     decay_exponent: ArrayLike = 0.8,
@@ -141,6 +147,7 @@ def adafactor(
 def muon(
     groups: ParamGroups,
     weight_decay: ArrayLike,
+    /,
     *,
     matrices: tuple[str, ...] | list[str] = (r"(.*/)?blocks/.*kernel",),
     momentum: ArrayLike = 0.95,
@@ -190,6 +197,7 @@ def muon(
 def schedule_free(
     groups: ParamGroups,
     weight_decay: ArrayLike,
+    /,
     *,
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,

@@ -64,7 +64,7 @@ class Picture:
     upright: Image.Transpose | None
     codec: str = "pillow"
     data: bytes = b""
-    oversampling: float = 2.0
+    oversampling: float = 1.25
 
     @property
     def size(self) -> tuple[int, int]:
@@ -135,7 +135,7 @@ def open_picture(
     channels: int = 3,
     apply_exif: bool = True,
     codec: str = "pillow",
-    oversampling: float = 2.0,
+    oversampling: float = 1.25,
 ) -> Picture:
     """Reads the header of an encoded image, or wraps an array of pixels.
 

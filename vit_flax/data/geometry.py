@@ -63,9 +63,9 @@ class Plan:
         shrink = min((box[2] - box[0]) / size[0], (box[3] - box[1]) / size[1]) if self.antialias else 1.0
         image = picture.load_pixels(shrink) if self.filter == "area" else picture.load(shrink)
         decoded = (image.shape[1], image.shape[0]) if isinstance(image, np.ndarray) else image.size
-        if decoded != (width, height):
-            x, y = decoded[0] / width, decoded[1] / height
-            box = (box[0] * x, box[1] * y, min(box[2] * x, decoded[0]), min(box[3] * y, decoded[1]))
+        # Not the ratio of the sizes: the last row and column of a smaller decode stand for less than a full pixel.
+        factor = round(width / decoded[0])
+        box = (box[0] / factor, box[1] / factor, box[2] / factor, box[3] / factor)
         if isinstance(image, np.ndarray):
             return resample_area(image, box, size)
         return resample(image, box, size, self.filter, self.antialias)

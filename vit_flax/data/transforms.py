@@ -90,7 +90,7 @@ class Decode:
     channels: int = 3
     apply_exif: bool = True
     codec: str = "pillow"
-    oversampling: float = 2.0
+    oversampling: float = 1.25
     random: ClassVar[bool] = False
 
     def __post_init__(self):
