@@ -1,0 +1,68 @@
+"""The command line, as a user meets it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def launch(*arguments, timeout=120):
+    return subprocess.run(
+        [sys.executable, "-m", "vit_flax.main", *map(str, arguments)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=timeout,
+    )
+
+
+def test_train_resume_and_evaluate(tmp_path):
+    arguments = ("--config", "tests/configs/tiny.py", "--workdir", tmp_path)
+    first = launch(*arguments)
+    assert first.returncode == 0, first.stderr
+    assert "step 10/10 loss" in first.stdout
+    assert "test/top1" in first.stdout
+    assert "checkpoints" in first.stdout
+    again = launch(*arguments, "--mode=eval")
+    assert again.returncode == 0, again.stderr
+    line = next(line for line in first.stdout.splitlines() if line.split()[:1] == ["test/loss"])
+    assert line in again.stdout.splitlines()
+
+
+def test_dry_run_prints_everything_and_writes_nothing(tmp_path):
+    done = launch("--config", "tests/configs/tiny.py", "--mode=dry_run", "--workdir", tmp_path / "new")
+    assert done.returncode == 0, done.stderr
+    for word in ('"num_classes": 10', "blocks/attention/query", "GFLOP per image", "MiB", "10 of 64 images"):
+        assert word in done.stdout
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.optim.learning=1"], "the config has no key 'optim.learning'"),
+        (["--config.modle.width=3"], "the config has no key 'modle.width'. Did you mean model.width?"),
+        (["--config.model.width=wide"], "invalid literal for int() with base 10: 'wide'"),
+        (["--config.model.num_classes=3"], "model.num_classes=3, but the data has 10 classes"),
+        (["--mode=test"], "value should be one of <train|eval|dry_run>"),
+        (["run"], "unexpected argument 'run'"),
+        (["--mode=eval"], "There is no checkpoint below"),
+    ],
+)
+def test_mistakes_get_one_screen_and_no_traceback(arguments, message, tmp_path):
+    done = launch("--config", "tests/configs/tiny.py", "--workdir", tmp_path / "new", *arguments)
+    assert done.returncode in (1, 2)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 30
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_config_that_is_not_there():
+    done = launch("--config", "configs/nope.py", "--workdir", "x")
+    assert done.returncode == 2
+    assert "configs/nope.py" in done.stderr
+    assert "Traceback" not in done.stderr
