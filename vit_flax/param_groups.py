@@ -100,8 +100,8 @@ def _multiply(factors: PyTree, multipliers: Sequence[Sequence[Any]], params: PyT
 class ParameterGroup(NamedTuple):
     """One line of the table of parameters that are treated alike.
 
-    `lr_factor` is the smallest and the largest multiplier of the learning rate, `weight_decay` the one in force before
-    that multiplier; `layers` is "" outside the blocks.
+    `lr_factor` is the smallest and the largest multiplier of the learning rate, `weight_decay` the one in force (before
+    that multiplier); `layers` is "" outside the blocks.
     """
 
     pattern: str
@@ -115,7 +115,7 @@ class ParameterGroup(NamedTuple):
 def parameter_groups(
     params: PyTree,
     *,
-    weight_decay: ArrayLike,
+    weight_decay: float | int,
     decay_mask: Sequence[str] = KERNELS,
     decay_multipliers: Sequence[Sequence[Any]] = (),
     lr_multipliers: Sequence[Sequence[Any]] = (),
@@ -153,7 +153,8 @@ def parameter_groups(
         factor, decays, trained = (np.broadcast_to(np.ravel(cell), len(names)) for cell in cells)
         for i, name in enumerate(names):
             block = _BLOCK.search(name)
-            treated = (float(factor[i]), float(decays[i] * weight_decay), not trained[i])
+            decay = float(decays[i]) * weight_decay if trained[i] else 0.0
+            treated = (float(factor[i]), decay, not trained[i])
             row = (int(block.group(2)) if block else -1, x.size // len(names), *treated)
             layers.setdefault(_stack_name(name), []).append(row)
     return _merge_alike(layers)
@@ -175,7 +176,14 @@ def _merge_alike(layers: dict[str, list[tuple[int, int, float, float, bool]]]) -
             table.append(
                 ParameterGroup(_pattern(top, names), _ranges(mine), size, (min(factors), max(factors)), decay, frozen)
             )
-    return table
+    return sorted(table, key=_place)
+
+
+def _place(group: ParameterGroup) -> tuple[bool, bool, int]:
+    """Where a group stands in the table: embeddings, then blocks in their order, then the rest."""
+    in_blocks = bool(_STACK.search(group.pattern))
+    first_layer = int(re.split(r"[-,]", group.layers)[0]) if in_blocks else 0
+    return not re.fullmatch(EMBEDDINGS, group.pattern), not in_blocks, first_layer
 
 
 def _pattern(top: str, names: list[str]) -> str:
