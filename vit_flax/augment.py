@@ -79,7 +79,7 @@ def augment(
     """
     _check_choice("mix_mode", mix_mode, MIX_MODES)
     _check_choice("mix_partner", mix_partner, MIX_PARTNERS)
-    if affine is not None:
+    if affine is not None and not all(_absent(amount) for amount in affine.values()):
         images = random_affine(jax.random.fold_in(key, _AFFINE), images, **affine)
     if pad_crop_px:
         images = random_shift(jax.random.fold_in(key, _CROP), images, pad_crop_px, pad_mode)
@@ -139,7 +139,7 @@ def random_affine(
     scale_percent: Any = 0.0,
     translate_px: Any = 0.0,
     shear_degrees: Any = 0.0,
-) -> UInt8[Array, "b h w c"] | Float[Array, "b h w c"]:
+) -> Float[Array, "b h w c"]:
     """Rotates, scales, shears and shifts each image by its own amounts, bilinearly, about its centre.
 
     Every amount is uniform in [-value, value]; what comes from outside the image is black. The gather costs four reads
@@ -152,10 +152,8 @@ def random_affine(
       scale_percent: largest change of size; 10 draws from 0.9 to 1.1.
       translate_px: largest shift along each axis; fractions of a pixel are drawn too.
       shear_degrees: largest shear, horizontal.
-    Returns: pixels 0..255 as float32, not rounded; the images themselves where every amount is a Python 0.
+    Returns: pixels 0..255, not rounded.
     """
-    if all(_absent(amount) for amount in (rotate_degrees, scale_percent, translate_px, shear_degrees)):
-        return images
     batch, height, width, channels = images.shape
     draws = jax.random.uniform(key, (5, batch), minval=-1.0, maxval=1.0)
     angle = draws[0] * (_scalar(rotate_degrees) * (np.pi / 180))
@@ -318,8 +316,9 @@ def _bilinear(images: Float[Array, "b h w c"], y: Float[Array, "b n"], x: Float[
     batch, height, width, channels = images.shape
     # A black frame of one pixel: positions are clipped onto it, so that no read needs a mask.
     framed = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0))).reshape(batch, -1, channels)
-    y, x = jnp.clip(y + 1, 0, height + 1 - 1e-3), jnp.clip(x + 1, 0, width + 1 - 1e-3)
-    row, column = jnp.floor(y).astype(jnp.int32), jnp.floor(x).astype(jnp.int32)
+    y, x = jnp.clip(y + 1, 0, height + 1), jnp.clip(x + 1, 0, width + 1)
+    row = jnp.minimum(jnp.floor(y).astype(jnp.int32), height)
+    column = jnp.minimum(jnp.floor(x).astype(jnp.int32), width)
     down, right = (y - row.astype(y.dtype))[..., None], (x - column.astype(x.dtype))[..., None]
     corner = row * (width + 2) + column
 
