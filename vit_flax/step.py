@@ -28,7 +28,7 @@ class TrainState(struct.PyTreeNode):
       ema: moving average of `params`, or None.
       key: the run's random key; never changes, a step folds its number in.
       hparams: the numbers that a sweep may vary, by their dotted config key (see docs/architecture.md).
-      skipped_steps: steps whose loss or gradient was not finite, since the start, int32.
+      skipped_steps: steps whose loss, gradient or update was not finite, since the start, int32.
       skipped_in_a_row: the same, since the last good step, int32.
     """
 
@@ -82,7 +82,7 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """Takes one optimiser step.
 
-    A loss or gradient that is not finite leaves parameters, optimiser and average bit-unchanged and is counted.
+    A loss, gradient or update that is not finite leaves parameters, optimiser and average bit-unchanged and is counted.
 
     Args:
       state: is consumed (its buffers are donated).
@@ -91,6 +91,8 @@ def train_step(
       optimizer: makes the optimiser from `state.hparams`; its update already holds the learning rate.
       accumulate_steps: the batch is cut into that many parts, one after the other, to save memory.
 
+    Raises: ValueError: the parts would not be equal.
+
     Returns: the new state, and scalars: those of the objective, `loss`, `grad_norm`, `update_norm`, `param_norm`.
     """
     key = jax.random.fold_in(state.key, state.step)
@@ -98,7 +100,7 @@ def train_step(
     updates, opt_state = optimizer(state.hparams).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     norms = {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
-    ok = jnp.isfinite(loss) & jnp.isfinite(norms["grad_norm"])
+    ok = jnp.isfinite(loss) & jnp.isfinite(norms["grad_norm"]) & jnp.isfinite(norms["update_norm"])
 
     def keep_if_bad(new: PyTree, old: PyTree) -> PyTree:
         return jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
@@ -127,6 +129,10 @@ def _gradients(
     if parts == 1:
         (loss, metrics), grads = grad(state.params, batch, key, state.hparams)
         return loss, metrics, grads
+
+    for x in jax.tree.leaves(batch):
+        if x.shape[0] % parts:
+            raise ValueError(f"accumulate_steps={parts} must divide the batch size {x.shape[0]}.")
 
     def one(total: PyTree, part_and_index: tuple[dict[str, Array], Array]) -> tuple[PyTree, None]:
         part, index = part_and_index

@@ -1,5 +1,6 @@
 """Attention as pure functions, and the choice between its implementations."""
 
+import re
 from collections.abc import Callable
 
 import jax
@@ -26,7 +27,8 @@ def attend(
 
 
 def _xla(q: Array, k: Array, v: Array) -> Array:
-    return jax.nn.dot_product_attention(q, k, v, implementation="xla")
+    with jax.numpy_dtype_promotion("standard"):  # it asks for the common type of bfloat16 and float32
+        return jax.nn.dot_product_attention(q, k, v, implementation="xla")
 
 
 def _cudnn(q: Array, k: Array, v: Array) -> Array:
@@ -49,6 +51,9 @@ def why_not_cudnn(q: Array) -> str | None:
     """
     if jax.default_backend() != "gpu":
         return f"it needs an NVIDIA GPU and the backend is {jax.default_backend()!r}"
+    capability = str(jax.local_devices()[0].compute_capability)  # "8.0"; another form on AMD's
+    if not re.fullmatch(r"\d+\.\d+", capability) or int(capability.split(".")[0]) < 8:
+        return f"it needs an NVIDIA GPU of compute capability 8.0 (Ampere) or later and this one has {capability}"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16 or float16 and the compute dtype is {q.dtype}"
     if q.shape[-1] % 8 or q.shape[-1] > 128:

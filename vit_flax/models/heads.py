@@ -71,15 +71,15 @@ POOLS: dict[str, Pool] = {
 
 
 def classify(x: Float[Array, "b *m"], head: Callable[..., nn.Module], *, pool: str) -> tuple[Array, dict[str, Array]]:
-    """Logits in float32, and those of each head where the pooling feeds two (their mean is the model's answer).
+    """Logits, and those of each head where the pooling feeds two (their mean is the model's answer).
 
     Args:
       x: pooled features; `[b, 2, d]` for the pooling "tok_dist".
-      head: constructor of the linear layer.
+      head: constructor of the linear layer, whose result is float32.
       pool: the pooling that made `x`.
     """
     if pool != "tok_dist":
-        return head(name="head")(x).astype(jnp.float32), {}
-    token = head(name="head")(x[:, 0]).astype(jnp.float32)
-    dist = head(name="head_dist")(x[:, 1]).astype(jnp.float32)
+        return head(name="head")(x), {}
+    token = head(name="head")(x[:, 0])
+    dist = head(name="head_dist")(x[:, 1])
     return (token + dist) / 2, {"token": token, "dist": dist}

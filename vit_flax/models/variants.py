@@ -78,6 +78,11 @@ def check_sizes(model: Any) -> None:
         raise ValueError(
             f"model.num_heads={model.num_heads} must divide model.width={model.width}, or model.head_dim must be given."
         )
+    if model.rope is not None and (model.head_dim or model.width // model.num_heads) % 4:
+        raise ValueError(
+            f"model.rope={model.rope!r} rotates quarters of a head: its dimension must be a multiple of 4, "
+            f"found {model.head_dim or model.width // model.num_heads}."
+        )
     for name in ("drop_path", "dropout", "attention_dropout", "head_dropout"):
         if not 0 <= getattr(model, name) < 1:
             raise ValueError(f"model.{name} is a probability below 1, got {getattr(model, name)}.")

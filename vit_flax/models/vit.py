@@ -10,6 +10,7 @@ Mlp, SwiGlu  the two feed-forward layers
 ClassToken, Registers, patchify   what the first line of `ViT.__call__` is made of
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
@@ -21,7 +22,7 @@ from flax import linen as nn
 
 from vit_flax.models import heads, variants
 from vit_flax.models.attend import IMPLEMENTATIONS, attend, attend_with_weights
-from vit_flax.models.layers import ACTIVATIONS, LayerScale, Linear, drop_path
+from vit_flax.models.layers import ACTIVATIONS, LayerNorm, LayerScale, Linear, drop_path
 from vit_flax.models.posemb import FIXED_TABLES, ROPES, Grid, LearnedPositions, Rotation, rotate
 from vit_flax.typing import Array, Float
 
@@ -68,7 +69,7 @@ class ViT(nn.Module):
       remat: what the backward pass recomputes: a key of `REMAT`.
       attention_impl: a key of `attend.IMPLEMENTATIONS`.
       return_attention: adds the attention weights to `out` (they are computed the slow way then).
-      dtype: of the activations and matrix products.
+      dtype: of the activations and matrix products, but the head's.
       param_dtype: of the parameters.
     """
 
@@ -176,15 +177,16 @@ class ViT(nn.Module):
             encoded     [b, n, d]     output of the encoder (normalised unless `norm_after_pool`)
             features    [b, d]        pooled
             pre_logits  [b, r]        input of the head
+            heads       logits of `token` and `dist` where the pooling is "tok_dist", else empty
           What nobody reads costs nothing under jit.
 
-        Raises: ValueError: the patch does not divide the image, or a sequence has no known grid.
+        Raises:
+          ValueError: the patch does not divide the image, a sequence has no known grid, or the input is no picture.
+          TypeError: pixels that are no floating-point numbers.
         """
         dtype, param_dtype = jnp.dtype(self.dtype), jnp.dtype(self.param_dtype)
         linear = partial(Linear, dtype=dtype, param_dtype=param_dtype)
-        norm = partial(
-            nn.LayerNorm, epsilon=self.norm_eps, dtype=dtype, param_dtype=param_dtype, use_fast_variance=False
-        )
+        norm = partial(LayerNorm, epsilon=self.norm_eps, dtype=dtype, param_dtype=param_dtype)
         dropout = partial(nn.Dropout, deterministic=not train)
         patches, grid = patchify(images, self.patch_size, grid, needs_grid=self._needs_grid)
 
@@ -229,7 +231,7 @@ class ViT(nn.Module):
             layer_scale=None if self.layer_scale is None else partial(LayerScale, self.layer_scale, param_dtype),
         )
         rate = (self.drop_path if drop_path is None else drop_path) if train else None
-        rates = None if rate is None or (isinstance(rate, float) and rate == 0.0) else self._ramp() * rate
+        rates = None if rate is None or (isinstance(rate, int | float) and rate == 0) else self._ramp() * rate
         rotation = ROPES[self.rope](grid, head_dim) if self.rope else None
         encoder = Encoder(block, depth=self.depth, scan=self.scan, remat=self.remat, name="encoder")
         nn.share_scope(self, encoder)  # the blocks' parameters are `blocks/...`, not `encoder/blocks/...`
@@ -257,6 +259,7 @@ class ViT(nn.Module):
         head = partial(
             linear,
             self.num_classes,
+            dtype=jnp.dtype("float32"),  # one vector per image: the precision of the logits costs nothing
             kernel_init=nn.initializers.zeros if self.head_zero_init else nn.initializers.truncated_normal(0.02),
             bias_init=nn.initializers.constant(self.head_bias_init),
         )
@@ -497,31 +500,48 @@ def patchify(
 
     Returns: patches and their grid.
 
-    Raises: ValueError: the patch does not divide the image; the grid of a sequence is unknown or does not fit.
+    Raises:
+      ValueError: the patch does not divide the image; the grid is unknown or does not fit; another number of axes.
+      TypeError: pixels that are no floating-point numbers.
 
     >>> patches, grid = patchify(jnp.zeros((1, 512, 512, 3)), 32)
     >>> patches.shape, grid
     ((1, 256, 3072), (16, 16))
     """
-    if images.ndim == 3:
-        n = images.shape[1]
-        side = int(n**0.5)
-        if grid is None:
-            grid = (side, side)
-            if needs_grid and side * side != n:
-                raise ValueError(
-                    f"A sequence of {n} patches is no square; these position embeddings need `grid=(rows, columns)`."
-                )
-        elif grid[0] * grid[1] != n:
-            raise ValueError(f"{grid=} holds {grid[0] * grid[1]} patches, but the sequence has {n}.")
-        return images, grid
     ph, pw = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise TypeError(f"Expected pixels normalised to floating-point numbers, found {images.dtype}.")
+    if images.ndim == 3:
+        return images, _grid_of_sequence(images.shape, (ph, pw), grid, needs_grid)
+    if images.ndim != 4:
+        raise ValueError(f"Expected images [b, h, w, c] or sequences of patches [b, n, f], found {images.shape}.")
     b, h, w, c = images.shape
     if h % ph or w % pw:
         raise ValueError(
             f"The patch size {ph}x{pw} does not divide the image size {h}x{w}. Resize the images "
             f"(nearest: {max(round(h / ph), 1) * ph}x{max(round(w / pw), 1) * pw}) or choose another patch size."
         )
-    grid = (h // ph, w // pw)
-    x = images.reshape(b, grid[0], ph, grid[1], pw, c).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, grid[0] * grid[1], ph * pw * c), grid
+    found = (h // ph, w // pw)
+    if grid is not None and tuple(grid) != found:
+        raise ValueError(f"{grid=} was given, but images of {h}x{w} cut by {ph}x{pw} make a grid of {found}.")
+    x = images.reshape(b, found[0], ph, found[1], pw, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, found[0] * found[1], ph * pw * c), found
+
+
+def _grid_of_sequence(shape: tuple[int, ...], patch: Grid, grid: Grid | None, needs_grid: bool) -> Grid:
+    _, n, f = shape
+    if f % (patch[0] * patch[1]):
+        raise ValueError(
+            f"A sequence of patches has {patch[0]}x{patch[1]}xc numbers per patch, found {f} in {shape}. "
+            "(A single image needs a batch axis.)"
+        )
+    if grid is None:
+        side = math.isqrt(n)
+        if needs_grid and side * side != n:
+            raise ValueError(
+                f"A sequence of {n} patches is no square; these position embeddings need `grid=(rows, columns)`."
+            )
+        return (side, side) if side * side == n else (1, n)
+    if grid[0] * grid[1] != n:
+        raise ValueError(f"{grid=} holds {grid[0] * grid[1]} patches, but the sequence has {n}.")
+    return grid
