@@ -42,7 +42,7 @@ def get_config() -> ConfigDict:
     config.loss = dict(name="softmax_xent", label_smoothing=0.1)
     config.optim = dict(
         name="adamw",
-        learning_rate=2e-3,
+        lr=2e-3,
         weight_decay=0.05,
         schedule="cosine",
         warmup_epochs=8.0,

@@ -11,7 +11,7 @@ from tests.vit_tree import DEPTH, full_params, gradients, quick_jit, stacked_par
 from vit_flax.optim import ema_update, eval_params, make_optimizer
 from vit_flax.update_rules import RULES
 
-PLAIN = {"schedule": "constant", "learning_rate": 0.1, "weight_decay": 0.0, "total_steps": 10}
+PLAIN = {"schedule": "constant", "lr": 0.1, "weight_decay": 0.0, "total_steps": 10}
 # Factoring and rounding of moments are tested on their own; here they would only blur comparisons.
 EXACT = {"adafactor": {"min_dim_size_to_factor": 4, "mu_dtype": None}}
 
@@ -185,7 +185,7 @@ def test_members_with_their_own_numbers_equal_single_runs(name):
 
     members = [stacked_params(0), stacked_params(1)]
     numbers = {
-        "learning_rate": [0.1, 0.2],
+        "lr": [0.1, 0.2],
         "weight_decay": [0.3, 0.0],
         "clip_norm": [0.5, 3.0],
         "layer_decay": [0.6, 0.9],
@@ -204,9 +204,9 @@ def test_state_structure_depends_on_no_number(name):
     shapes = [
         jax.eval_shape(make(name=name, **numbers).init, stacked_params())
         for numbers in (
-            {"weight_decay": 0.0, "clip_norm": 0.0, "learning_rate": 0.0},
-            {"weight_decay": 0.1, "clip_norm": 1.0, "learning_rate": 1.0, "warmup_steps": 3, "layer_decay": 0.5},
-            {"weight_decay": jnp.float32(0.1), "clip_norm": jnp.float32(1.0), "learning_rate": jnp.float32(1.0)},
+            {"weight_decay": 0.0, "clip_norm": 0.0, "lr": 0.0},
+            {"weight_decay": 0.1, "clip_norm": 1.0, "lr": 1.0, "warmup_steps": 3, "layer_decay": 0.5},
+            {"weight_decay": jnp.float32(0.1), "clip_norm": jnp.float32(1.0), "lr": jnp.float32(1.0)},
         )
     ]
     assert shapes[0] == shapes[1] == shapes[2]
@@ -223,7 +223,7 @@ def test_bfloat16_parameters_and_the_state_keep_their_dtypes(name):
         assert jax.tree.map(lambda x: x.dtype, state) == jax.tree.map(lambda x: x.dtype, next_state)
         return updates
 
-    numbers = {"learning_rate": jnp.float32(0.1), "weight_decay": jnp.float32(0.1), "clip_norm": jnp.float32(1.0)}
+    numbers = {"lr": jnp.float32(0.1), "weight_decay": jnp.float32(0.1), "clip_norm": jnp.float32(1.0)}
     assert {u.dtype for u in jax.tree.leaves(jax.eval_shape(two, numbers))} == {jnp.dtype("bfloat16")}
 
 

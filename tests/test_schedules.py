@@ -11,7 +11,7 @@ TOTAL = 100
 
 
 def rates(steps, **section) -> list[float]:
-    rate = jax.jit(make_schedule(**{"learning_rate": 2.0, "total_steps": TOTAL} | section))
+    rate = jax.jit(make_schedule(**{"lr": 2.0, "total_steps": TOTAL} | section))
     return [float(rate(step)) for step in steps]
 
 
@@ -22,15 +22,15 @@ def rates(steps, **section) -> list[float]:
         ({"schedule": "linear"}, {0: 2.0, 25: 1.5, 99: 0.02, 100: 0.0, 150: 0.0}),
         ({"schedule": "cosine"}, {0: 2.0, 50: 1.0, 99: 1 + math.cos(math.pi * 0.99), 100: 0.0}),
         ({"schedule": "cosine", "warmup_steps": 20}, {0: 0.0, 5: 0.5, 20: 2.0, 60: 1.0, 100: 0.0}),
-        ({"schedule": "cosine", "warmup_steps": 20, "warmup_learning_rate": 1.0}, {0: 1.0, 10: 1.5, 20: 2.0}),
-        ({"schedule": "cosine", "end_learning_rate": 0.4}, {0: 2.0, 50: 1.2, 100: 0.4}),
-        ({"schedule": "cosine", "end_learning_rate": 0.4, "end_steps": 20}, {0: 2.0, 40: 1.2, 80: 0.4, 99: 0.4}),
+        ({"schedule": "cosine", "warmup_steps": 20, "warmup_lr": 1.0}, {0: 1.0, 10: 1.5, 20: 2.0}),
+        ({"schedule": "cosine", "end_lr": 0.4}, {0: 2.0, 50: 1.2, 100: 0.4}),
+        ({"schedule": "cosine", "end_lr": 0.4, "end_steps": 20}, {0: 2.0, 40: 1.2, 80: 0.4, 99: 0.4}),
         ({"schedule": "rsqrt", "timescale_steps": 10}, {0: 2.0, 10: 2 / 2**0.5, 90: 2 / 10**0.5}),
         ({"schedule": "rsqrt"}, {0: 2.0, 99: 2 / 1.0099**0.5}),
         ({"schedule": "rsqrt", "timescale_steps": 10, "warmup_steps": 20}, {10: 1.0, 20: 2.0, 30: 2 / 2**0.5}),
         ({"schedule": "rsqrt", "timescale_steps": 10, "cooldown_steps": 20}, {80: 2 / 3, 90: 1 / 10**0.5, 100: 0.0}),
         ({"schedule": "wsd", "warmup_steps": 10, "cooldown_steps": 20}, {5: 1.0, 10: 2.0, 80: 2.0, 90: 1.0, 100: 0.0}),
-        ({"schedule": "wsd", "cooldown_steps": 20, "end_learning_rate": 1.0}, {80: 2.0, 90: 1.5, 100: 1.0}),
+        ({"schedule": "wsd", "cooldown_steps": 20, "end_lr": 1.0}, {80: 2.0, 90: 1.5, 100: 1.0}),
         ({"schedule": "wsd", "cooldown_steps": 20, "end_steps": 10}, {70: 2.0, 80: 1.0, 90: 0.0, 99: 0.0}),
         ({"schedule": "wsd", "cooldown_steps": 16, "cooldown_shape": "sqrt"}, {84: 2.0, 88: 1.0, 100: 0.0}),
     ],
@@ -42,7 +42,7 @@ def test_values(section, want):
 
 @pytest.mark.parametrize("schedule", SHAPES)
 def test_traced_numbers_give_the_same_rates_and_vmap(schedule):
-    numbers = {"learning_rate": 0.3, "warmup_steps": 7, "cooldown_steps": 13, "end_steps": 5, "end_learning_rate": 0.01}
+    numbers = {"lr": 0.3, "warmup_steps": 7, "cooldown_steps": 13, "end_steps": 5, "end_lr": 0.01}
 
     def rate(step, numbers):
         return make_schedule(schedule=schedule, total_steps=TOTAL, **numbers)(step)
@@ -64,7 +64,7 @@ def test_traced_numbers_give_the_same_rates_and_vmap(schedule):
         ({"warmup_steps": -1}, "must not be negative"),
         ({"total_steps": 0}, "total_steps=0 must be at least 1"),
         ({"schedule": "wsd"}, "cooldown_steps > 0"),
-        ({"schedule": "constant", "end_learning_rate": 0.1}, "never reaches end_learning_rate"),
+        ({"schedule": "constant", "end_lr": 0.1}, "never reaches end_lr"),
         ({"schedule": "cosine", "timescale_steps": 10}, "timescale_steps belongs to schedule='rsqrt'"),
     ],
     ids=str,

@@ -168,7 +168,7 @@ def test_not_finite_steps_change_nothing_and_end_the_run(tmp_path):
         (lambda c: c.data.source.update(dict(name="nothing")), "nothing"),
         (lambda c: c.data.update(dict(batch_size=5000)), "5000"),
         (lambda c: c.__delitem__("loss"), "missing key loss"),
-        (lambda c: c.optim.__delitem__("learning_rate"), r"missing key optim\.learning_rate"),
+        (lambda c: c.optim.__delitem__("lr"), r"missing key optim\.lr"),
     ],
 )
 def test_bad_configs_are_named_before_anything_starts(change, message, tmp_path):

@@ -11,7 +11,7 @@ LR, WD = 0.1, 0.3
 
 
 def run(name: str, steps: int = 2, params=None, **section):
-    section = {"learning_rate": LR, "weight_decay": WD, "total_steps": 10, "schedule": "constant"} | section
+    section = {"lr": LR, "weight_decay": WD, "total_steps": 10, "schedule": "constant"} | section
     return train(make_optimizer(name=name, **section), stacked_params() if params is None else params, steps)
 
 
@@ -235,7 +235,7 @@ def test_muon_matrices_may_be_chosen():
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "lamb", "lars", "muon", "adafactor"])
 def test_mu_dtype_is_that_of_the_momentum(name):
-    tx = make_optimizer(name=name, mu_dtype="bfloat16", learning_rate=LR, weight_decay=WD, total_steps=10)
+    tx = make_optimizer(name=name, mu_dtype="bfloat16", lr=LR, weight_decay=WD, total_steps=10)
     kept = [x.dtype for x in jax.tree.leaves(jax.eval_shape(tx.init, stacked_params()))]
     assert kept.count(np.dtype("bfloat16")) == len(jax.tree.leaves(stacked_params()))
 

@@ -516,7 +516,9 @@ def test_class_token_without_position_is_the_token_itself():
     params = random_params(model)
     assert set(params["cls_token"]) == {"token"}
     assert set(random_params(tiny(posemb="sincos2d"))["cls_token"]) == {"token"}
-    np.testing.assert_array_equal(forward(model)(params, images())[1]["tokens"][0, 0], params["cls_token"]["token"][0, 0])
+    np.testing.assert_array_equal(
+        forward(model)(params, images())[1]["tokens"][0, 0], params["cls_token"]["token"][0, 0]
+    )
 
 
 def test_blocks_add_what_they_say(plain):

@@ -20,7 +20,7 @@ Config = ConfigDict | Mapping[str, Any]
 
 # The numbers that a sweep may vary without another program: they reach the step as traced values (see TrainState).
 HPARAMS = (
-    "optim.learning_rate",
+    "optim.lr",
     "optim.weight_decay",
     "optim.clip_norm",
     "model.drop_path",

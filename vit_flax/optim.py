@@ -22,13 +22,13 @@ from vit_flax.update_rules import CLIP_NORMS, find_rule
 def make_optimizer(
     *,
     name: str,
-    learning_rate: ArrayLike,
+    lr: ArrayLike,
     weight_decay: ArrayLike,
     total_steps: int,
     schedule: str = "cosine",
     warmup_steps: ArrayLike = 0,
-    warmup_learning_rate: ArrayLike = 0.0,
-    end_learning_rate: ArrayLike = 0.0,
+    warmup_lr: ArrayLike = 0.0,
+    end_lr: ArrayLike = 0.0,
     end_steps: ArrayLike = 0,
     cooldown_steps: ArrayLike = 0,
     cooldown_shape: str = "linear",
@@ -46,14 +46,14 @@ def make_optimizer(
 
     Args:
         name: the update rule, a key of `update_rules.RULES`.
-        learning_rate: the peak.
-        weight_decay: decoupled, in AdamW units: each update subtracts learning_rate * weight_decay * parameter.
+        lr: the peak.
+        weight_decay: decoupled, in AdamW units: each update subtracts lr * weight_decay * parameter.
         total_steps: number of updates of the run.
         schedule: shape of the learning rate over the run; this and the next seven as in `schedules.make_schedule`.
         warmup_steps: updates of the linear warm-up.
-        warmup_learning_rate: where the warm-up starts.
-        end_learning_rate: where the schedule ends.
-        end_steps: updates at `end_learning_rate`, at the end.
+        warmup_lr: where the warm-up starts.
+        end_lr: where the schedule ends.
+        end_steps: updates at `end_lr`, at the end.
         cooldown_steps: updates of the cool-down.
         cooldown_shape: "linear" or "sqrt".
         timescale_steps: of the rsqrt schedule.
@@ -71,13 +71,13 @@ def make_optimizer(
 
     Source: the order is that of big_vision/optax.py:make, except that the decay comes before the learning rate.
     """
-    learning_rate_at = make_schedule(
-        learning_rate=learning_rate,
+    lr_at = make_schedule(
+        lr=lr,
         total_steps=total_steps,
         schedule=schedule,
         warmup_steps=warmup_steps,
-        warmup_learning_rate=warmup_learning_rate,
-        end_learning_rate=end_learning_rate,
+        warmup_lr=warmup_lr,
+        end_lr=end_lr,
         end_steps=end_steps,
         cooldown_steps=cooldown_steps,
         cooldown_shape=cooldown_shape,
@@ -104,10 +104,10 @@ def make_optimizer(
             add_decay(weight_decay, groups.decay),
             update.after_decay,
             scale_by_tree(groups.factor),
-            optax.scale_by_schedule(learning_rate_at),
+            optax.scale_by_schedule(lr_at),
             optax.scale(-1.0),
         )
-        return only(trained, update.wrap(steps, learning_rate_at))
+        return only(trained, update.wrap(steps, lr_at))
 
     return _built_for_params(chain)
 

@@ -15,12 +15,12 @@ Schedule = Callable[[ArrayLike], Array]
 
 def make_schedule(
     *,
-    learning_rate: ArrayLike,
+    lr: ArrayLike,
     total_steps: int,
     schedule: str = "cosine",
     warmup_steps: ArrayLike = 0,
-    warmup_learning_rate: ArrayLike = 0.0,
-    end_learning_rate: ArrayLike = 0.0,
+    warmup_lr: ArrayLike = 0.0,
+    end_lr: ArrayLike = 0.0,
     end_steps: ArrayLike = 0,
     cooldown_steps: ArrayLike = 0,
     cooldown_shape: str = "linear",
@@ -28,17 +28,17 @@ def make_schedule(
 ) -> Schedule:
     """Builds the learning rate as a function of the number of updates already done.
 
-    The first update sees step 0, hence `warmup_learning_rate` when there is a warm-up; the last sees `total_steps - 1`.
+    The first update sees step 0, hence `warmup_lr` when there is a warm-up; the last sees `total_steps - 1`.
 
     Args:
-        learning_rate: the peak, reached after `warmup_steps`.
+        lr: the peak, reached after `warmup_steps`.
         total_steps: number of updates of the whole run, warm-up, cool-down and hold included.
         schedule: the shape after the warm-up, a key of `SHAPES`.
         warmup_steps: updates of the linear warm-up.
-        warmup_learning_rate: where the warm-up starts.
-        end_learning_rate: what the shape and the cool-down decay to.
-        end_steps: updates spent at `end_learning_rate` at the very end (timm calls them cool-down epochs).
-        cooldown_steps: updates that bring the shape down to `end_learning_rate`, ending where the hold starts.
+        warmup_lr: where the warm-up starts.
+        end_lr: what the shape and the cool-down decay to.
+        end_steps: updates spent at `end_lr` at the very end (timm calls them cool-down epochs).
+        cooldown_steps: updates that bring the shape down to `end_lr`, ending where the hold starts.
         cooldown_shape: a key of `COOLDOWNS`.
         timescale_steps: rsqrt only: updates after the warm-up until the rate has fallen by sqrt(2); 10,000 if None.
 
@@ -53,18 +53,16 @@ def make_schedule(
         raise ValueError(
             "schedule='wsd' is warm-up, stable, decay: give the length of the decay as cooldown_steps > 0."
         )
-    if schedule == "constant" and is_off(cooldown_steps) and not (is_off(end_learning_rate) and is_off(end_steps)):
-        raise ValueError(
-            "schedule='constant' never reaches end_learning_rate; give cooldown_steps > 0 or drop the key."
-        )
+    if schedule == "constant" and is_off(cooldown_steps) and not (is_off(end_lr) and is_off(end_steps)):
+        raise ValueError("schedule='constant' never reaches end_lr; give cooldown_steps > 0 or drop the key.")
     if schedule != "rsqrt" and timescale_steps is not None:
         raise ValueError(f"timescale_steps belongs to schedule='rsqrt', found {schedule=}; drop the key.")
-    peak, start, end = (jnp.asarray(x, jnp.float32) for x in (learning_rate, warmup_learning_rate, end_learning_rate))
+    peak, start, end = (jnp.asarray(x, jnp.float32) for x in (lr, warmup_lr, end_lr))
     warmup, cooldown, hold = (jnp.asarray(x, jnp.float32) for x in (warmup_steps, cooldown_steps, end_steps))
     timescale = jnp.asarray(10_000 if timescale_steps is None else timescale_steps, jnp.float32)
     decay_end = total_steps - hold
 
-    def learning_rate_at(step: ArrayLike) -> Array:
+    def lr_at(step: ArrayLike) -> Array:
         t = jnp.asarray(step).astype(jnp.float32)
         done = jnp.maximum(t - warmup, 0.0)
         progress = jnp.minimum(done / jnp.maximum(decay_end - warmup, 1.0), 1.0)
@@ -80,7 +78,7 @@ def make_schedule(
             rate = jnp.where(t < warmup, warm, rate)
         return rate
 
-    return learning_rate_at
+    return lr_at
 
 
 # Each maps (progress from 0 to 1, time in units of the time scale) to the fraction of the peak.

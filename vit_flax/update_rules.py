@@ -209,8 +209,8 @@ def schedule_free(
     The parameters are the points where gradients are taken; evaluate `optim.eval_params(opt_state, params)`.
     """
 
-    def wrap(steps: optax.GradientTransformation, learning_rate_at: Schedule) -> optax.GradientTransformation:
-        return contrib.schedule_free(steps, learning_rate_at, b1, weight_lr_power)
+    def wrap(steps: optax.GradientTransformation, lr_at: Schedule) -> optax.GradientTransformation:
+        return contrib.schedule_free(steps, lr_at, b1, weight_lr_power)
 
     return Rule(optax.scale_by_adam(0.0, b2, eps), wrap=wrap)
 

@@ -154,7 +154,7 @@ class TrainLog:
         if max(int(v["skipped_in_a_row"]) for v in values) >= self._max_skipped:
             raise FloatingPointError(
                 f"The loss or the gradient was not finite in {self._max_skipped} steps in a row, up to step {step}. "
-                "These steps changed nothing. Lower optim.learning_rate, set optim.clip_norm, or look at the data."
+                "These steps changed nothing. Lower optim.lr, set optim.clip_norm, or look at the data."
             )
 
     def exclude(self, secs: float) -> None:
