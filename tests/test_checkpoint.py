@@ -127,9 +127,13 @@ def test_saving_a_step_twice_keeps_the_first(tmp_path):
 
 
 def test_leaving_by_an_exception_waits_for_the_save(tmp_path):
-    with pytest.raises(KeyboardInterrupt), Checkpoints(str(tmp_path)) as checkpoints:
-        checkpoints.save(1, make_state(1), identity=IDENTITY)
-        raise KeyboardInterrupt
+    def interrupted():
+        with Checkpoints(str(tmp_path)) as checkpoints:
+            checkpoints.save(1, make_state(1), identity=IDENTITY)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert int(restored(tmp_path)["step"]) == 1
 
 

@@ -143,7 +143,7 @@ def test_sigterm_saves_and_exits_with_the_documented_code(tmp_path):
 
 
 def test_not_finite_steps_change_nothing_and_end_the_run(tmp_path):
-    config = tiny_config(optim__learning_rate=float("1e38"), optim__clip_norm=0.0, run__max_skipped_steps=3)
+    config = tiny_config(optim__lr=float("1e38"), optim__clip_norm=0.0, run__max_skipped_steps=3)
     config.run.total_steps = 40
     config.optim.warmup_steps = 0
     with pytest.raises(FloatingPointError, match="3 steps in a row"):

@@ -369,7 +369,7 @@ def test_remat_equals_plain(everything, remat):
 
 @pytest.mark.parametrize("scan", [True, False])
 def test_remat_recomputes_what_it_says(scan):
-    """Products in the backward pass: "full" repeats those with weights and those of the attention, "dots" the latter."""
+    """Products in the backward pass: "full" repeats those with weights and in the attention, "dots" the latter."""
 
     def products(remat):
         model = tiny(scan=scan, remat=remat)
@@ -756,5 +756,5 @@ def test_a_model_that_cannot_be_is_refused_at_once(fields, message):
 
 
 def test_an_unknown_field_is_answered_with_the_nearest():
-    with pytest.raises(TypeError, match="no field 'drop_pth'. Did you mean 'drop_path'"):
+    with pytest.raises(TypeError, match=r"no field 'drop_pth'\. Did you mean 'drop_path'"):
         make_model(variant="S/16", num_classes=5, drop_pth=0.1)

@@ -44,7 +44,7 @@ class Linear(nn.Module):
 
         kernel = self.param("kernel", init, (*fan_in, *features), self.param_dtype)
         multiply = product if self.dtype == jnp.float32 else low_precision_product
-        y = multiply(x.astype(self.dtype), kernel, self.in_axes)
+        y: Array = multiply(x.astype(self.dtype), kernel, self.in_axes)  # pyright: ignore[reportAssignmentType]
         if self.use_bias:
             bias = self.param("bias", self.bias_init, features, self.param_dtype)
             y += jnp.expand_dims(bias.astype(jnp.float32), range(y.ndim - len(features)))
