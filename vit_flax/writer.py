@@ -12,7 +12,6 @@ import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from vit_flax.workdir import write_atomically
 
@@ -163,11 +162,10 @@ class TrainLog:
 
 
 def print_results(console: Console, results: Mapping[str, float], places: Mapping[str, Path]) -> None:
-    """The table at the end of a run: numbers, and where everything is."""
-    table = Table(show_header=False, box=None)
-    for name, value in results.items():
-        table.add_row(name, f"{value:,.4g}" if abs(value) >= 1000 or 0 < abs(value) < 1e-3 else f"{value:.4f}")
-    for name, path in places.items():
-        table.add_row(name, str(path))
-    console.print(table)
+    """The table at the end of a run: numbers, and where everything is (paths whole, however narrow the console)."""
+    numbers = {k: f"{v:,.4g}" if abs(v) >= 1000 or 0 < abs(v) < 1e-3 else f"{v:.4f}" for k, v in results.items()}
+    rows = numbers | {name: str(path) for name, path in places.items()}
+    width = max(map(len, rows))
+    for name, text in rows.items():
+        console.print(f"{name:<{width}}  {text}", highlight=False, markup=False, soft_wrap=True)
     sys.stdout.flush()
