@@ -260,6 +260,14 @@ def test_eval_params_are_the_average_of_schedule_free_and_else_the_parameters():
     np.testing.assert_allclose(average["head"]["bias"], x, rtol=1e-4, atol=1e-5)
 
 
+def test_the_schedule_free_average_of_frozen_layers_does_not_decay():
+    params = stacked_params()
+    tx = make(name="schedule_free", freeze=["block_0/.*"], weight_decay=0.5)
+    got, state = train(tx, params, 4)
+    frozen = eval_params(state, got)["blocks"]["mlp"]["fc1"]["kernel"][0]
+    np.testing.assert_allclose(frozen, params["blocks"]["mlp"]["fc1"]["kernel"][0], rtol=1e-5)
+
+
 DOCUMENTED = re.findall(
     r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs" / "optimisation.md").read_text(), re.S
 )

@@ -29,6 +29,7 @@ def rates(steps, **section) -> list[float]:
         ({"schedule": "rsqrt"}, {0: 2.0, 99: 2 / 1.0099**0.5}),
         ({"schedule": "rsqrt", "timescale_steps": 10, "warmup_steps": 20}, {10: 1.0, 20: 2.0, 30: 2 / 2**0.5}),
         ({"schedule": "rsqrt", "timescale_steps": 10, "cooldown_steps": 20}, {80: 2 / 3, 90: 1 / 10**0.5, 100: 0.0}),
+        ({"schedule": "rsqrt", "timescale_steps": 10, "end_steps": 20}, {70: 2 / 8**0.5, 80: 0.0, 99: 0.0}),
         ({"schedule": "wsd", "warmup_steps": 10, "cooldown_steps": 20}, {5: 1.0, 10: 2.0, 80: 2.0, 90: 1.0, 100: 0.0}),
         ({"schedule": "wsd", "cooldown_steps": 20, "end_lr": 1.0}, {80: 2.0, 90: 1.5, 100: 1.0}),
         ({"schedule": "wsd", "cooldown_steps": 20, "end_steps": 10}, {70: 2.0, 80: 1.0, 90: 0.0, 99: 0.0}),
