@@ -6,8 +6,7 @@ import tempfile
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Compiling takes most of the time of these tests, and the programs are tiny: optimise them little.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
 # Compiled programs are shared between the tests, the workers of pytest-xdist and the next run.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "vit_flax_test_cache"))
