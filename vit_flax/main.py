@@ -58,9 +58,14 @@ def main(argv: list[str]) -> None:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """The parser of absl, with a message instead of a traceback for a key that the config does not have."""
+    """The parser of absl, with a message instead of a traceback for what the command line or the config has wrong."""
     try:
-        return app.parse_flags_with_usage(argv)
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        if os.environ.get("VIT_FLAX_TRACEBACK"):
+            raise
+        message, _, traceback = str(error).partition("Traceback")  # of a config file that raises
+        _stop("".join([message.strip(), *(f"\n{line}" for line in traceback.strip().splitlines()[-1:])]))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         _stop(_explain(argv, str(error)))
 
