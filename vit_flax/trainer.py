@@ -8,7 +8,7 @@ import jax
 from vit_flax import sharding, workdir
 from vit_flax.checkpoint import Checkpoints
 from vit_flax.config import Config
-from vit_flax.hooks import EXIT_PREEMPTED, Every, StopSignal
+from vit_flax.hooks import EXIT_PREEMPTED, StopSignal
 from vit_flax.job import Job, build
 from vit_flax.step import TrainState
 from vit_flax.writer import Writer, print_results
@@ -33,7 +33,7 @@ def train(config: Config, workdir_path: str | Path) -> tuple[TrainState, dict[st
         workdir.claim(folder, job.config)
         with Checkpoints(str(folder / "checkpoints"), **job.checkpoint) as checkpoints:
             state = restore_or_init(job, checkpoints)
-            with Writer(folder, start_step=int(state.step), total_steps=job.run.total_steps) as writer:
+            with job.writer(folder, start_step=int(state.step)) as writer:
                 state, results = _loop(job, state, checkpoints, writer, stop)
     if stop.received:
         writer.say(f"Stopped by {stop.received} after step {int(state.step)}; the same command goes on from there.")
@@ -47,12 +47,14 @@ def _loop(
 ) -> tuple[TrainState, dict[str, float]]:
     """The training loop. Its order is a contract: fetch the batch, step, log, evaluate, save, look for signals."""
     total, results = job.run.total_steps, dict[str, float]()
-    step_fn, batches, log = job.train_step(), job.train_batches(int(state.step)), job.train_log(writer)
+    step_fn, batches = job.train_step(), job.train_batches(int(state.step))
+    batches, log = job.draw_first(batches, writer), job.train_log(writer, int(state.step))
 
     def save(step: int, state: TrainState) -> None:
+        log.keep_open(step)
         checkpoints.save(step, state, identity=job.identity(), metrics=results)
 
-    hooks = [*job.evaluations(writer, log, results), Every(save, every_steps=job.save_every_steps, total_steps=total)]
+    hooks = [*job.profile(writer), *job.evaluations(writer, log, results), job.every("checkpoint", save)]
     for step in range(int(state.step) + 1, total + 1):
         waiting_since = time.perf_counter()
         batch = next(batches)
@@ -82,7 +84,7 @@ def evaluate(config: Config, workdir_path: str | Path) -> dict[str, float]:
         with Checkpoints(str(folder / "checkpoints"), **job.checkpoint) as checkpoints:
             state = restore_or_init(job, checkpoints, must_exist=True)
     results: dict[str, float] = {}
-    with Writer(None, start_step=0, total_steps=job.run.total_steps) as writer:
+    with job.writer(None, start_step=0) as writer:
         for hook in job.evaluations(writer, None, results):
             hook(job.run.total_steps, state)
     print_results(writer.console, {"step": float(state.step), **results}, workdir.places(folder))

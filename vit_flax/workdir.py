@@ -27,6 +27,10 @@ PACKAGES = ("vit_flax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "g
 # What may differ between two lives of one run: it changes neither the parameters nor the data.
 MAY_CHANGE = (
     "run.log_every_steps",
+    "run.log_every_epochs",
+    "run.peak_tflops",
+    "run.profile_steps",
+    "sinks.",
     "checkpoint.",
     "evals.",
     "data.num_threads",
