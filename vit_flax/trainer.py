@@ -10,6 +10,7 @@ from vit_flax.checkpoint import Checkpoints
 from vit_flax.config import Config
 from vit_flax.hooks import EXIT_PREEMPTED, StopSignal
 from vit_flax.job import Job, build
+from vit_flax.report import write_report
 from vit_flax.step import TrainState
 from vit_flax.writer import Writer, print_results
 
@@ -38,6 +39,8 @@ def train(config: Config, workdir_path: str | Path) -> tuple[TrainState, dict[st
     if stop.received:
         writer.say(f"Stopped by {stop.received} after step {int(state.step)}; the same command goes on from there.")
         raise SystemExit(EXIT_PREEMPTED)
+    if writer.active:
+        write_report(folder)
     print_results(writer.console, results, workdir.places(folder))
     return state, results
 
@@ -67,7 +70,10 @@ def _loop(
             save(step, state)
             break
     log.flush()
-    return state, {**{f"train/{name}": value for name, value in log.last.items()}, **results}
+    results = {**{f"train/{name}": value for name, value in log.last.items()}, **results}
+    if log.last and int(state.step) == total:
+        writer.finish(results)
+    return state, results
 
 
 def evaluate(config: Config, workdir_path: str | Path) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 config.json     the resolved config, the versions of the packages and the state of the git checkout
 metrics.jsonl   one JSON object a line
+report.html     the run in one page, written at its end; from facts.json, evals/ and pictures/, too
 checkpoints/    one folder per step
 lock            host and process that are writing
 """
@@ -96,6 +97,7 @@ def places(workdir: Path) -> dict[str, Path]:
     return {
         "config": workdir / "config.json",
         "metrics": workdir / "metrics.jsonl",
+        "report": workdir / "report.html",
         "checkpoints": workdir / "checkpoints",
     }
 
