@@ -28,7 +28,11 @@ def train(config: Config, workdir_path: str | Path) -> tuple[TrainState, dict[st
       ConfigError: the config cannot be run, or the workdir holds another experiment.
       SystemExit: with `hooks.EXIT_PREEMPTED`, after a signal to stop and a complete checkpoint.
     """
-    job = build(config)
+    return train_job(build(config), workdir_path)
+
+
+def train_job(job: Job, workdir_path: str | Path) -> tuple[TrainState, dict[str, float]]:
+    """`train` for a job that was built, and perhaps changed, already."""
     folder = Path(workdir_path).absolute()
     with workdir.lock(folder), StopSignal() as stop:
         workdir.claim(folder, job.config)

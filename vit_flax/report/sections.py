@@ -215,12 +215,7 @@ def _classes(details: Line) -> str:
     order = sorted(range(len(names)), key=lambda i: (columns[0][i] is None, columns[0][i], -counts[i]))
     rows = []
     for i in order:
-        bars = "".join(
-            "<td>–</td>"
-            if column[i] is None
-            else f'<td class="bar" style="--part:{100 * column[i]:.1f}%">{100 * column[i]:.1f}%</td>'
-            for column in columns
-        )
+        bars = "".join(_bar(column[i]) for column in columns)
         rows.append(f"<tr><th>{escape(names[i])}</th><td>{counts[i]:,}</td>{bars}</tr>")
     titles = "".join(f"<th>{title}</th>" for title in head)
     start = f'<table class="classes"><thead><tr><th>class</th><th>examples</th>{titles}</tr></thead>'
@@ -228,6 +223,10 @@ def _classes(details: Line) -> str:
     if rest := rows[MAX_TABLE_CLASSES:]:
         table += f"<details><summary>{len(rest):,} more classes</summary>{start}{''.join(rest)}</table></details>"
     return f'<div><h3>Classes</h3><p class="note">The lowest first.</p>{table}</div>'
+
+
+def _bar(part: float | None) -> str:
+    return "<td>–</td>" if part is None else f'<td class="bar" style="--part:{100 * part:.1f}%">{100 * part:.1f}%</td>'
 
 
 def _samples(details: Line) -> str:
