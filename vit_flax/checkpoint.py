@@ -50,11 +50,13 @@ class Restored:
       step: of the checkpoint.
       state: on the devices, as the target described it.
       progress: what `save` was given under that name.
+      damaged: newer checkpoints, which were passed over.
     """
 
     step: int
     state: PyTree
     progress: dict[str, Any]
+    damaged: Sequence[int] = ()
 
 
 class Checkpoints:
@@ -201,19 +203,10 @@ class Checkpoints:
           CheckpointMismatch: a checkpoint was made by another run; names every difference.
           OSError: there are checkpoints, and none is whole; nothing was changed.
         """
-
-        def read(path: Path, record: Mapping[str, Any]) -> PyTree:
-            for what, ours in (("identity", as_json(identity)), ("shapes", shapes(target))):
-                if diff := differences(record[what], ours):
-                    raise CheckpointMismatch(_mismatch(path, what, diff))
-            return _read_arrays(path, record, target)
-
-        found = _newest_whole(self.directory, read)
-        if found is None:
-            return None
-        record, state, damaged = found
-        self._set_aside(damaged)
-        return Restored(record["step"], state, record["progress"])
+        restored = read_newest(self.directory, target, identity=identity)
+        if restored is not None:
+            self._set_aside(restored.damaged)
+        return restored
 
     def _set_aside(self, damaged: Sequence[int]) -> None:
         """Moves damaged steps away, where they can be looked at, so that the run may write them anew."""
@@ -272,6 +265,22 @@ class Checkpoints:
             raise self._failed
         if self._failed is not None and self._failed is not error:
             log.error("%s", self._failed)  # beside the error that is on its way
+
+
+def read_newest(directory: Path, target: PyTree, *, identity: Mapping[str, Any]) -> Restored | None:
+    """As `Checkpoints.restore`, but changes nothing on the disk."""
+
+    def read(path: Path, record: Mapping[str, Any]) -> PyTree:
+        for what, ours in (("identity", as_json(identity)), ("shapes", shapes(target))):
+            if diff := differences(record[what], ours):
+                raise CheckpointMismatch(_mismatch(path, what, diff))
+        return _read_arrays(path, record, target)
+
+    found = _newest_whole(directory, read)
+    if found is None:
+        return None
+    record, state, damaged = found
+    return Restored(record["step"], state, record["progress"], damaged)
 
 
 @dataclasses.dataclass(frozen=True)

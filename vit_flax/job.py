@@ -22,11 +22,12 @@ from vit_flax.checkpoint import Checkpoints
 from vit_flax.config import Config, ConfigError, bind, check_names, check_section, hparams_of, in_steps, plain
 from vit_flax.data import Data, make_data
 from vit_flax.evals import EVALS
-from vit_flax.hooks import Every, Hook, StopSignal
+from vit_flax.hooks import Every, Hook
 from vit_flax.losses import LOSSES
 from vit_flax.models import make_model
 from vit_flax.models.vit import ViT
 from vit_flax.optim import make_optimizer
+from vit_flax.signals import StopSignal
 from vit_flax.step import TrainState, classification, init_state, train_step
 from vit_flax.update_rules import RULES
 from vit_flax.writer import TrainLog, Writer

@@ -12,8 +12,8 @@ from vit_flax.bad_steps import Diverged
 from vit_flax.checkpoint import CheckpointMismatch, Checkpoints, Restored, load_params
 from vit_flax.checksums import differences, shapes
 from vit_flax.config import Config
-from vit_flax.hooks import EXIT_PREEMPTED, Interrupted, StopSignal
 from vit_flax.job import Job, build
+from vit_flax.signals import EXIT_PREEMPTED, Interrupted, StopSignal
 from vit_flax.step import TrainState
 from vit_flax.typing import PyTree
 from vit_flax.writer import Writer, print_results
@@ -35,7 +35,7 @@ def train(config: Config, workdir_path: str | Path) -> tuple[TrainState, dict[st
       CheckpointMismatch: the same, found in a checkpoint.
       Diverged: too many steps in a row were not finite; a checkpoint has the last good parameters.
       OSError: a checkpoint could not be read or written.
-      SystemExit: with `hooks.EXIT_PREEMPTED`, after a signal to stop and a complete checkpoint.
+      SystemExit: with `signals.EXIT_PREEMPTED`, after a signal to stop and a complete checkpoint.
     """
     with StopSignal() as stop:
         job = build(config)
@@ -203,11 +203,16 @@ def evaluate(config: Config, workdir_path: str | Path) -> dict[str, float]:
 
 def restore_or_init(job: Job, checkpoints: Checkpoints) -> Restored:
     """The newest whole checkpoint of this run, or the state before the first step."""
-    abstract = jax.eval_shape(job.init)
-    shardings = sharding.state_sharding(abstract, job.mesh)
-    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    target = state_target(job)
     restored = checkpoints.restore(target, identity=job.identity())
     if restored is not None:
         return restored
     # The same shardings as a restored state, so that both run the same compiled step.
-    return Restored(0, jax.jit(job.init, out_shardings=shardings)(), {})
+    return Restored(0, jax.jit(job.init, out_shardings=jax.tree.map(lambda x: x.sharding, target))(), {})
+
+
+def state_target(job: Job) -> TrainState:
+    """Shapes, dtypes and shardings of the state of a job."""
+    abstract = jax.eval_shape(job.init)
+    shardings = sharding.state_sharding(abstract, job.mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
