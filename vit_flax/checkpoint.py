@@ -32,10 +32,15 @@ from vit_flax.checkpoint_record import (
 )
 from vit_flax.checksums import by_path, checksums, differences, leaf_sums, shapes
 from vit_flax.files import write_atomically
+from vit_flax.orbax_noise import quieten
 from vit_flax.retention import Keep
 from vit_flax.typing import PyTree
 
 log = logging.getLogger(__name__)
+
+
+class SaveFailed(OSError):
+    """A checkpoint could not be written; those before it are intact."""
 
 
 class CheckpointMismatch(ValueError):
@@ -92,6 +97,7 @@ class Checkpoints:
             raise ValueError(f"checkpoint.best_mode must be 'max' or 'min', got {best_mode!r}.")
         if on_error not in ("stop", "continue"):
             raise ValueError(f"checkpoint.on_error must be 'stop' or 'continue', got {on_error!r}.")
+        quieten()
         self.directory = Path(directory).absolute()
         self._on_error, self._compress = on_error, compress
         self._policy = Keep(keep_last, keep_every_steps, best_metric, best_mode)
@@ -105,7 +111,7 @@ class Checkpoints:
                 log.error("Checkpoint %s: %s. It is kept, but not considered for the best one.", step, error)
         self._manager = self._open()
         self._writing: int | None = None
-        self._failed: OSError | None = None
+        self._failed: SaveFailed | None = None
 
     def _open(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(
@@ -142,7 +148,7 @@ class Checkpoints:
           progress: what the next process needs besides the state; `restore` hands it back.
 
         Returns: False if that step exists already, or if it could not be written and `on_error` is "continue".
-        Raises: OSError: this save or the one before failed; the checkpoints before them are intact.
+        Raises: SaveFailed: this save, or the one before, where `on_error` is "stop".
         """
         self.wait()
         if step in self._manager.all_steps():
@@ -222,12 +228,12 @@ class Checkpoints:
             self._manager.reload()
 
     def check(self) -> None:
-        """Reports a save that has failed meanwhile; costs microseconds. Raises OSError as `save` does."""
+        """Reports a save that has failed meanwhile; costs microseconds. Raises SaveFailed as `save` does."""
         if not self._manager.is_saving_in_progress():
             self.wait()
 
     def wait(self) -> None:
-        """Returns when everything is on disk. Raises OSError if it is not and `on_error` is "stop"."""
+        """Returns when everything is on disk. Raises SaveFailed if it is not and `on_error` is "stop"."""
         try:
             self._manager.wait_until_finished()
         except Exception as error:  # whatever went wrong in the background
@@ -245,7 +251,7 @@ class Checkpoints:
             self._manager.close()
         self._manager = self._open()
         intact = ", ".join(map(str, sorted(self._manager.all_steps()))) or "none"
-        self._failed = OSError(
+        self._failed = SaveFailed(
             f"Checkpoint {step} could not be written to {self.directory}: {_reason(error)}. "
             f"Nothing else was touched; checkpoints that are there: {intact}."
         )
@@ -257,8 +263,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
-        """Waits until everything is on disk, whatever ended the run. Raises OSError if the last save failed."""
-        with contextlib.suppress(OSError):
+        """Waits until everything is on disk, whatever ended the run. Raises SaveFailed if the last save failed."""
+        with contextlib.suppress(SaveFailed):
             self.wait()
         self._manager.close()
         if self._failed is not None and error is None:
@@ -373,6 +379,7 @@ def _newest_whole(
 
     Raises: OSError: none can be read. CheckpointMismatch: as `read` does.
     """
+    quieten()
     steps = steps_in(directory)
     damaged: list[int] = []
     for step in reversed(steps):

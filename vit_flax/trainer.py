@@ -9,7 +9,7 @@ import jax
 
 from vit_flax import sharding, workdir
 from vit_flax.bad_steps import Diverged
-from vit_flax.checkpoint import CheckpointMismatch, Checkpoints, Restored, load_params
+from vit_flax.checkpoint import CheckpointMismatch, Checkpoints, Restored, SaveFailed, load_params
 from vit_flax.checksums import differences, shapes
 from vit_flax.config import Config
 from vit_flax.job import Job, build
@@ -34,7 +34,7 @@ def train(config: Config, workdir_path: str | Path) -> tuple[TrainState, dict[st
       ConfigError: the config cannot be run, or the workdir holds another experiment.
       CheckpointMismatch: the same, found in a checkpoint.
       Diverged: too many steps in a row were not finite; a checkpoint has the last good parameters.
-      OSError: a checkpoint could not be read or written.
+      OSError: no checkpoint is whole; SaveFailed: one could not be written.
       SystemExit: with `signals.EXIT_PREEMPTED`, after a signal to stop and a complete checkpoint.
     """
     with StopSignal() as stop:
@@ -95,6 +95,8 @@ class Loop:
             self._run()
         except Interrupted:
             self._save()
+        except SaveFailed:
+            raise
         except Exception as error:
             self._save_after(error)
             raise
