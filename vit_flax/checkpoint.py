@@ -253,7 +253,7 @@ class Checkpoints:
         intact = ", ".join(map(str, sorted(self._manager.all_steps()))) or "none"
         self._failed = SaveFailed(
             f"Checkpoint {step} could not be written to {self.directory}: {_reason(error)}. "
-            f"Nothing else was touched; checkpoints that are there: {intact}."
+            f"The other checkpoints ({intact}) are as they were."
         )
         if self._on_error == "stop":
             raise self._failed from error

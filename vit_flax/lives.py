@@ -5,6 +5,7 @@ takes a second or two.
 """
 
 import contextlib
+import copy
 import dataclasses
 import json
 import multiprocessing
@@ -25,19 +26,22 @@ from vit_flax.checksums import checksums
 from vit_flax.job import build
 from vit_flax.trainer import restore_or_init, state_target
 
-TOTAL_STEPS = 240
 CLOCK = ("train/images_per_sec", "train/data_wait_percent")  # metrics that depend on more than the computation
-PRELOAD = ("vit_flax.trainer", "vit_flax.cache", "vit_flax.dry_run", "grain", "tensorboardX", "sklearn.datasets")
+PRELOAD = (
+    "vit_flax.lives",
+    "vit_flax.trainer",
+    "vit_flax.cache",
+    "vit_flax.dry_run",
+    "grain",
+    "tensorboardX",
+    "sklearn.datasets",
+)
 
 
-def small_config(**changes: Any) -> dict[str, Any]:
-    """Digits on two narrow blocks, with everything that a resumed run could lose: average, dropout, best checkpoint.
-
-    Args:
-      changes: dotted keys with __ for the dot.
-    """
-    config: dict[str, Any] = {
-        "run": dict(seed=0, total_steps=TOTAL_STEPS, log_every_steps=7, ema_decay=0.9),
+def small_config(total_steps: int) -> dict[str, Any]:
+    """Digits on two narrow blocks, with everything that a resumed run could lose: average, dropout, best checkpoint."""
+    return {
+        "run": dict(seed=0, total_steps=total_steps, log_every_steps=7, ema_decay=0.9),
         "data": dict(
             source=dict(name="digits"),
             train_split="train",
@@ -64,6 +68,11 @@ def small_config(**changes: Any) -> dict[str, Any]:
         "checkpoint": dict(every_steps=5, keep_last=2, best_metric="test/top1"),
         "evals": dict(test=dict(type="classification", every_steps=30)),
     }
+
+
+def changed(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """A copy of a config with other values; the keys have __ for the dot."""
+    config = copy.deepcopy(config)
     for key, value in changes.items():
         section, name = key.split("__")
         config[section][name] = value
@@ -144,21 +153,29 @@ def _live(argv: list[str], output: str) -> None:
 
 
 class Reference:
-    """The checksums of the state after every step, and the metrics, of a run that nothing disturbed."""
+    """The checksums of the state after every step, and the metrics, of a run that nothing disturbed.
 
-    def __init__(self, lives: Lives):
-        job = build(small_config())
+    Attributes:
+      config: of the run.
+      sums: number of steps taken -> checksums of the state.
+      workdir: of the run; has its last three checkpoints.
+      metrics: its metrics.jsonl.
+    """
+
+    def __init__(self, lives: Lives, config: dict[str, Any]):
+        self.config, self._total_steps = config, config["run"]["total_steps"]
+        job = build(config)
         self._target, self._identity = state_target(job), job.identity()
         self.sums: list[dict[str, int]] = []
         with tempfile.TemporaryDirectory() as empty, Checkpoints(empty) as checkpoints:
             state = restore_or_init(job, checkpoints).state
         step, batches = job.train_step(), job.train_batches(0)
-        for _ in range(TOTAL_STEPS):
+        for _ in range(self._total_steps):
             self.sums.append(checksums(state))
             state, _ = step(state, next(batches))
         self.sums.append(checksums(state))
         self.workdir = lives.folder / "straight"
-        life = lives.start(self.workdir, small_config(checkpoint__keep_last=3))
+        life = lives.start(self.workdir, changed(config, checkpoint__keep_last=3))
         if life.end() != 0:
             raise RuntimeError(f"the undisturbed run failed; its output is in {life.output}")
         self.metrics = metrics_of(self.workdir)
@@ -174,7 +191,7 @@ class Reference:
 
     def is_end_of(self, workdir: Path) -> bool:
         """Whether a run ended with the bits and wrote the metrics of the undisturbed one."""
-        return self.read(workdir) == (TOTAL_STEPS, True, 0) and metrics_of(workdir) == self.metrics
+        return self.read(workdir) == (self._total_steps, True, 0) and metrics_of(workdir) == self.metrics
 
 
 def metrics_of(workdir: Path) -> list[dict[str, float]]:

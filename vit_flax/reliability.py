@@ -25,11 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_flax.checkpoint import Checkpoints
-from vit_flax.lives import Life, Lives, Reference, keep_compiled_programs, small_config
+from vit_flax.lives import Life, Lives, Reference, changed, keep_compiled_programs, small_config
 from vit_flax.models.vit import ViT
 from vit_flax.optim import make_optimizer
 from vit_flax.signals import EXIT_PREEMPTED
 from vit_flax.step import init_state
+
+TOTAL_STEPS = 240
 
 Row = tuple[str, str, bool]  # what was tried, what happened, whether the promise held
 
@@ -41,7 +43,7 @@ def kills(lives: Lives, reference: Reference, rng: random.Random, count: int) ->
         ends += 1
         workdir = lives.folder / f"killed_{ends}"
         while True:
-            life = lives.start(workdir, small_config())
+            life = lives.start(workdir, reference.config)
             if done < count:
                 _kill(life, workdir, rng, during_start=done % 4 == 0, inside_a_save=done % 4 > 1)
             code = life.end()
@@ -94,7 +96,7 @@ def signals(lives: Lives, reference: Reference, rng: random.Random, count: int) 
         ends += 1
         workdir = lives.folder / f"stopped_{ends}"
         while True:
-            life = lives.start(workdir, small_config(checkpoint__every_steps=None))
+            life = lives.start(workdir, changed(reference.config, checkpoint__every_steps=None))
             if done < count:
                 life.wait_until(lambda life=life: life.said("step "))
                 time.sleep(rng.uniform(0, 0.2))
@@ -119,7 +121,7 @@ def signals(lives: Lives, reference: Reference, rng: random.Random, count: int) 
     yield f"the {ends} runs that were stopped", f"{exact_ends} ended with equal bits and metrics", exact_ends == ends
     early = []
     for _ in range(count // 4):
-        life = lives.start(lives.folder / "early", small_config(checkpoint__every_steps=None))
+        life = lives.start(lives.folder / "early", changed(reference.config, checkpoint__every_steps=None))
         time.sleep(rng.uniform(0, 1))
         life.send(signal.SIGTERM)
         early.append(life.end())
@@ -138,7 +140,7 @@ def disk_full(lives: Lives, reference: Reference, rng: random.Random, count: int
             yield "disk full during a save", "not run: mounting a small file system needs permissions", True
             return
         filler = place / "filler"
-        config = small_config(checkpoint__keep_every_steps=5)  # keeps all, so that it gets full
+        config = changed(reference.config, checkpoint__keep_every_steps=5)  # keeps all, so that it gets full
         life = lives.start(workdir, config)
         code = life.end()
         found = reference.read(workdir)
@@ -151,12 +153,12 @@ def disk_full(lives: Lives, reference: Reference, rng: random.Random, count: int
         )
         for path in sorted(_step_folders(workdir), key=lambda path: int(path.name))[:-2]:
             shutil.rmtree(path)
-        resumed = lives.start(workdir, small_config()).end() == 0 and reference.is_end_of(workdir)
+        resumed = lives.start(workdir, reference.config).end() == 0 and reference.is_end_of(workdir)
         yield "  space made, the same command again", "equal bits and metrics" if resumed else "DIFFERS", resumed
 
         _empty(workdir)
         filler.write_bytes(bytes(shutil.disk_usage(place).free - 2**16))
-        life = lives.start(workdir, small_config(checkpoint__on_error="continue"))
+        life = lives.start(workdir, changed(reference.config, checkpoint__on_error="continue"))
         life.wait_until(lambda: life.said("The run goes on"))
         filler.unlink()
         went_on = life.end() == 0 and life.said("The run goes on") and reference.is_end_of(workdir)
@@ -165,7 +167,7 @@ def disk_full(lives: Lives, reference: Reference, rng: random.Random, count: int
 
         _empty(workdir)
         filler.write_bytes(bytes(shutil.disk_usage(place).free - 2**16))
-        life = lives.start(workdir, small_config(checkpoint__on_error="continue"))
+        life = lives.start(workdir, changed(reference.config, checkpoint__on_error="continue"))
         code = life.end()
         yield "  on_error='continue', full until the end", f"exit code {code}", code == 2
 
@@ -221,9 +223,12 @@ def damage(lives: Lives, reference: Reference, rng: random.Random, count: int) -
 
 
 def damage_one_file(folder: Path, rng: random.Random, *, truncate: bool) -> Path:
-    """Flips one bit of a file anywhere below a folder, or cuts the file short; returns which."""
+    """Flips one bit of a file anywhere below a folder, or cuts the file short; returns which.
+
+    Half of the times every file is equally likely, and half of the times every byte.
+    """
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
-    file = rng.choice(files)
+    [file] = rng.choices(files, weights=rng.choice(([1] * len(files), [path.stat().st_size for path in files])))
     data = bytearray(file.read_bytes())
     place = rng.randrange(len(data))
     if truncate:
@@ -299,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="vit_flax_reliability_") as folder:
         keep_compiled_programs(Path(folder) / "xla")
         lives = Lives(Path(folder))
-        reference = Reference(lives)
+        reference = Reference(lives, small_config(TOTAL_STEPS))
         for name in arguments.only:
             trial, times = TRIALS[name]
             since = time.monotonic()
