@@ -44,7 +44,7 @@ class SaveFailed(OSError):
 
 
 class CheckpointMismatch(ValueError):
-    """The checkpoint belongs to another run than the one that wants to go on from it."""
+    """The checkpoint is whole, but not of the run or of the kind that was asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -330,7 +330,7 @@ def load_params(workdir: str | Path, *, step: int | Literal["best"] | None = Non
     def read(path: Path, record: Mapping[str, Any]) -> PyTree:
         leaves = {k: v for k, v in record["shapes"].items() if k.startswith(f"{root}/")}
         if not leaves:
-            raise ValueError(f"{path} has no moving average of the parameters: the run set run.ema_decay to 0.")
+            raise CheckpointMismatch(f"{path} has no moving average of the parameters: the run set run.ema_decay to 0.")
         return _read_arrays(path, record, _tree_of(leaves))[root]
 
     directory = Path(workdir).absolute() / "checkpoints"

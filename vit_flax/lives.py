@@ -111,8 +111,12 @@ class Life:
         self.process.join(timeout_secs)
         if self.process.exitcode is None:
             self.send(signal.SIGKILL)
-            raise TimeoutError(f"process {self.process.pid} did not end; its output is in {self.output}")
+            raise TimeoutError(f"Process {self.process.pid} did not end:\n{self.last_words()}")
         return self.process.exitcode
+
+    def last_words(self) -> str:
+        """The end of what the process printed."""
+        return self.output.read_text(errors="replace")[-3000:] if self.output.exists() else ""
 
 
 class Lives:
@@ -177,10 +181,10 @@ class Reference:
         self.workdir = lives.folder / "straight"
         life = lives.start(self.workdir, changed(config, checkpoint__keep_last=3))
         if life.end() != 0:
-            raise RuntimeError(f"the undisturbed run failed; its output is in {life.output}")
+            raise RuntimeError(f"The undisturbed run failed:\n{life.last_words()}")
         self.metrics = metrics_of(self.workdir)
         if not self.is_end_of(self.workdir):
-            raise RuntimeError("the undisturbed run and a bare loop over its step end with different bits")
+            raise RuntimeError("The undisturbed run and a bare loop over its step end with different bits")
 
     def read(self, workdir: Path) -> tuple[int, bool, int] | None:
         """Step of the newest whole checkpoint, whether its bits are right, and how many newer ones are damaged."""

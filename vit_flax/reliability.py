@@ -50,7 +50,7 @@ def kills(lives: Lives, reference: Reference, rng: random.Random, count: int) ->
             if code == 0:
                 break
             if code != -signal.SIGKILL:
-                raise RuntimeError(f"a run that was killed and started again ended with {code}; see {life.output}")
+                raise RuntimeError(f"A run that was killed and started again ended with {code}:\n{life.last_words()}")
             done += 1
             in_save += _saving(workdir)
             in_deletion += any(not (path / "record" / "record").exists() for path in _step_folders(workdir))
