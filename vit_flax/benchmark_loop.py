@@ -25,6 +25,7 @@ from ml_collections import config_flags
 from vit_flax.cache import enable_compilation_cache
 from vit_flax.config import plain
 from vit_flax.job import Job, build
+from vit_flax.signals import StopSignal
 from vit_flax.trainer import train_job
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py", "The experiment.")
@@ -48,12 +49,14 @@ class Turns:
 
     def __init__(self, windows: int, steps: int):
         self._windows, self._steps = windows, steps
+        self._state: Any = None
+        self._batch: dict[str, jax.Array] = {}
+        self._metrics: dict[str, jax.Array] = {}
         self.spent: dict[str, list[Spent]] = {"bare": [], "loop": [], "loop_and_input": []}
 
     def wrap_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """The step, which keeps a copy of the first state and batch for the bare steps."""
         self._step = step
-        self._state = None
 
         def wrapped(state: Any, batch: dict[str, jax.Array]) -> Any:
             if self._state is None:
@@ -112,8 +115,8 @@ def measure(config: dict[str, Any], *, windows: int, steps: int, log_every_steps
       steps: of a window.
       log_every_steps: of the run.
 
-    Returns: milliseconds per bare step, and what the other windows took more, in percent of it: by the clock, median and
-      quartiles over the turns; by CPU time, which other programs on the machine change less.
+    Returns: milliseconds per bare step, and what the other windows took more, in percent of it: by the clock, median
+      and quartiles over the turns; by CPU time, which other programs on the machine change less.
     """
     total = WARMUP_STEPS + 2 * windows * steps + 1  # one more, so that the last window is over before the end is due
     run = {k: v for k, v in config["run"].items() if k.rpartition("_")[0] not in ("total", "log_every")}
@@ -123,8 +126,8 @@ def measure(config: dict[str, Any], *, windows: int, steps: int, log_every_steps
     job = build(config | changed | {"run": run | {"total_steps": total, "log_every_steps": log_every_steps}})
     turns = Turns(windows, steps)
     fields = {field.name: getattr(job, field.name) for field in dataclasses.fields(Job)}
-    with tempfile.TemporaryDirectory() as folder:
-        train_job(TimedJob(**fields, turns=turns), folder)
+    with tempfile.TemporaryDirectory() as folder, StopSignal() as stop:
+        train_job(TimedJob(**fields, turns=turns), folder, stop)
     result = {
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "batch_size": config["data"]["batch_size"],

@@ -1,20 +1,13 @@
-"""What happens between steps: things that are due every so often, and signals to stop."""
+"""What happens between steps: things that are due every so often."""
 
-import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
 
 from vit_flax.step import TrainState
-
-# sysexits.h: "temporary failure, try again". A launcher may restart on this code and only on this.
-EXIT_PREEMPTED = 75
 
 Hook = Callable[..., None]
 
@@ -105,29 +98,3 @@ class Profile:
         if self._running:
             self._running = False
             jax.profiler.stop_trace()
-
-
-class StopSignal:
-    """SIGTERM and SIGINT ask for a stop after the running step; the second one ends the process at once.
-
-    Signals reach the main thread only; elsewhere (a notebook's worker, a test) this does nothing.
-    """
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignal":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, _frame: FrameType | None) -> None:
-        if self.received:
-            os._exit(128 + number)
-        self.received = signal.Signals(number).name

@@ -19,11 +19,13 @@ import numpy as np
 
 from vit_flax import peak, pictures, sharding, workdir
 from vit_flax.augment import augment, normalize
+from vit_flax.bad_steps import BadSteps
 from vit_flax.checkpoint import Checkpoints
 from vit_flax.config import Config, ConfigError, bind, check_names, check_section, flatten, hparams_of, in_steps, plain
 from vit_flax.data import Data, make_data
 from vit_flax.evals import EVALS
 from vit_flax.evals.hook import EvaluationHook
+from vit_flax.files import write_atomically
 from vit_flax.hooks import Every, Hook, Profile
 from vit_flax.losses import LOSSES
 from vit_flax.models import make_model
@@ -32,6 +34,7 @@ from vit_flax.models.vit import ViT
 from vit_flax.optim import ema_update, eval_params, make_optimizer
 from vit_flax.param_groups import layer_norms
 from vit_flax.schedules import make_schedule
+from vit_flax.signals import StopSignal
 from vit_flax.sinks import SINKS, Sink, check_installed
 from vit_flax.sinks.files import Files
 from vit_flax.step import TrainState, classification, init_state, train_step
@@ -56,6 +59,7 @@ class Run:
         the start) or a number. See `peak`.
       profile_steps: number of the first and of the last step of a profiler trace, from 2 on; None for no trace.
       max_skipped_steps: stops the run after so many steps in a row that were not finite.
+      dump_bad_batches: keeps so many of the batches of such steps in the workdir, to look at.
     """
 
     seed: int
@@ -68,6 +72,7 @@ class Run:
     peak_tflops: float | str = "known"
     profile_steps: Sequence[int] | None = None
     max_skipped_steps: int = 10
+    dump_bad_batches: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +100,16 @@ class Job:
     def identity(self) -> dict[str, Any]:
         """What must be equal for two processes to be two lives of one run."""
         return {**workdir.identity(self.config), "data": self.data.fingerprint()}
+
+    def about(self) -> dict[str, Any]:
+        """What somebody who opens a checkpoint wants to know; JSON values."""
+        preprocessing = {
+            "image_shape": list(self.data.image_shape),
+            "transforms": [dict(op) for op in self.config["data"]["eval_transforms"]],
+            "mean": list(self.sections["augment"]["mean"]),
+            "std": list(self.sections["augment"]["std"]),
+        }
+        return {"config": self.config, "class_names": list(self.data.class_names), "preprocessing": preprocessing}
 
     def init(self) -> TrainState:
         """The state before the first step (to be jitted)."""
@@ -178,22 +193,21 @@ class Job:
                 sinks[name] = partial(SINKS[name], **takes, **self.sections[section])
         return Writer(folder, sinks, start_step=start_step, total_steps=self.run.total_steps)
 
-    def train_log(self, writer: Writer, start_step: int) -> TrainLog:
-        """Averages and writes the metrics of the steps."""
+    def train_log(self, writer: Writer, open_interval: Mapping[str, Any]) -> TrainLog:
+        """Averages and writes the metrics of the steps; goes on with the interval that an earlier process left open."""
         found = peak.find_peak(self.run.peak_tflops, jnp.dtype(self.model.dtype).name)
         if found is not None:
             writer.say(f"MFU is a part of {found[0] / 1e12:,.1f} TFLOP/s per device ({found[1]}).")
         facts = self.facts() | {"peak_flops": found and found[0], "peak_source": found and found[1]}
         if writer.workdir is not None and writer.active:
-            workdir.write_atomically(writer.workdir / "facts.json", json.dumps(facts, indent=2) + "\n")
+            write_atomically(writer.workdir / "facts.json", json.dumps(facts, indent=2) + "\n")
         return TrainLog(
             writer,
             every_steps=self.run.log_every_steps,
             batch_size=self.data.batch_size,
             total_steps=self.run.total_steps,
-            max_skipped=self.run.max_skipped_steps,
-            start_step=start_step,
-            open_file=writer.workdir and writer.workdir / "open_intervals.jsonl",
+            start_step=writer.start_step,
+            open_interval=open_interval,
             learning_rates=self.learning_rates(),
             mfu_per_image_per_sec=found and facts["train_flops_per_image"] / (found[0] * facts["num_devices"]),
         )
@@ -218,8 +232,19 @@ class Job:
             "num_devices": jax.device_count(),
         }
 
-    def evaluations(self, writer: Writer, log: TrainLog | None, results: dict[str, float]) -> list[Hook]:
-        """One hook per entry of `evals`; each writes its metrics and puts them into `results`."""
+    def bad_steps(self, folder: Path, writer: Writer) -> BadSteps:
+        """Reports steps that are not finite, and ends the run after too many."""
+        return BadSteps(
+            max_in_a_row=self.run.max_skipped_steps,
+            folder=folder / "bad_batches",
+            max_dumps=self.run.dump_bad_batches,
+            say=writer.say,
+        )
+
+    def evaluations(
+        self, writer: Writer, log: TrainLog | None, results: dict[str, float], stop: StopSignal
+    ) -> list[Hook]:
+        """One hook per entry of `evals`, in its order; each writes its metrics and puts them into `results`."""
         split = self.data.eval(process_index=jax.process_index(), process_count=jax.process_count())
 
         def hook(name: str) -> Every:
@@ -227,7 +252,7 @@ class Job:
             evaluation = EVALS[section["type"]](
                 apply=self.model.apply,
                 normalize=partial(normalize, **{k: self.sections["augment"][k] for k in ("mean", "std")}),
-                batches=lambda: split,
+                batches=lambda: stop.until_received(split),
                 put=partial(sharding.put_batch, mesh=self.mesh, global_batch_size=self.data.eval_batch_size),
                 rows=sharding.batch_sharding(self.mesh),
                 num_classes=self.data.num_classes,

@@ -1,21 +1,18 @@
 """What the steps return, averaged over intervals and written with the speed of the run.
 
 The numbers of an interval are fetched only once the step after it has been dispatched, so the device never waits for
-the host. An interval that a checkpoint falls into is kept beside it, so that a run which goes on from there writes the
+the host. An interval that a checkpoint falls into is kept with it, so that a run which goes on from there writes the
 numbers of an uninterrupted one.
 """
 
-import json
 import math
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from vit_flax.workdir import write_atomically
 from vit_flax.writer import Writer
 
 # Numbers that depend on the clock or the machine: everything else is equal, bit for bit, in a resumed run.
@@ -30,9 +27,8 @@ class TrainLog:
       every_steps: length of an interval.
       batch_size: images per step, over all processes.
       total_steps: of the run.
-      max_skipped: ends the run after that many steps in a row whose loss or gradient was not finite.
       start_step: the step that the run goes on from.
-      open_file: keeps the intervals that a checkpoint falls into; None keeps none.
+      open_interval: what `open_interval` returned at the checkpoint of that step; empty at the start.
       learning_rates: of each step of the run; None to leave the learning rate out.
       mfu_per_image_per_sec: part of the devices' peak that one image per second takes; None where no peak is known.
     """
@@ -44,25 +40,22 @@ class TrainLog:
         every_steps: int,
         batch_size: int,
         total_steps: int,
-        max_skipped: int,
         start_step: int = 0,
-        open_file: Path | None = None,
+        open_interval: Mapping[str, Any] | None = None,
         learning_rates: np.ndarray | None = None,
         mfu_per_image_per_sec: float | None = None,
     ):
         self._writer, self._every, self._batch, self._total = writer, every_steps, batch_size, total_steps
-        self._max_skipped = max_skipped
-        self._start, self._open_file, self._lr = start_step, open_file, learning_rates
+        self._start, self._lr = start_step, learning_rates
         self._mfu_per_rate = mfu_per_image_per_sec
-        self._sums: dict[str, float] = {}
-        self._count = self._timed = 0
+        before = open_interval or {"count": 0, "sums": {}}
+        self._sums: dict[str, float] = dict(before["sums"])
+        self._count, self._timed = before["count"], 0
         self._fetch_later: list[dict[str, jax.Array]] = []
         self._due: int | None = None
         self._waited_secs = 0.0
         self._since: float | None = None
         self.last: dict[str, float] = {}
-        if open_file is not None:
-            self._take_up(open_file)
 
     def __call__(self, step: int, metrics: dict[str, jax.Array], waited_secs: float) -> None:
         """Takes the metrics of a step (on the device) and the time its batch was waited for."""
@@ -77,11 +70,11 @@ class TrainLog:
             self._due = step
 
     def flush(self) -> None:
-        """Fetches and writes an interval that is complete. Raises FloatingPointError when the run has diverged."""
+        """Fetches and writes an interval that is complete."""
         if self._due is None or self._since is None:
             return
         step, self._due = self._due, None
-        skipped_in_a_row = self._fetch()
+        self._fetch()
         now = time.perf_counter()
         secs, self._since = max(now - self._since, 1e-9), now
         means = {name: total / self._count for name, total in self._sums.items()}
@@ -89,34 +82,26 @@ class TrainLog:
         self._sums, self._count, self._timed, self._waited_secs = {}, 0, 0, 0.0
         self._writer.write(step, {f"train/{name}": value for name, value in self.last.items()})
         self._writer.progress(step, self._line(step, now))
-        if skipped_in_a_row >= self._max_skipped:
-            raise FloatingPointError(
-                f"The loss or the gradient was not finite in {self._max_skipped} steps in a row, up to step {step}. "
-                "These steps changed nothing. Lower optim.lr, set optim.clip_norm, or look at the data."
-            )
 
-    def keep_open(self, step: int) -> None:
-        """Before the checkpoint of a step: keeps the steps since the last line for the run that goes on from there."""
+    def open_interval(self) -> dict[str, Any]:
+        """The steps since the last line, for the process that goes on from here; JSON values."""
         self.flush()
         self._fetch()
-        if self._open_file is not None and self._count and self._writer.active:
-            with open(self._open_file, "a") as file:
-                file.write(json.dumps({"step": step, "count": self._count, "sums": self._sums}) + "\n")
+        return {"count": self._count, "sums": dict(self._sums)}
 
     def exclude(self, secs: float) -> None:
         """Leaves time spent on something else, such as an evaluation, out of the throughput."""
         if self._since is not None:
             self._since += secs
 
-    def _fetch(self) -> int:
-        """Adds the steps that are still on the device to the sums; returns the longest row of skipped ones."""
+    def _fetch(self) -> None:
+        """Adds the steps that are still on the device to the sums."""
         values: list[Mapping[str, Any]] = jax.device_get(self._fetch_later)
         self._fetch_later = []
         for step in values:
             for name, value in step.items():
                 self._sums[name] = self._sums.get(name, 0.0) + float(value)
         self._count += len(values)
-        return max((int(step["skipped_in_a_row"]) for step in values), default=0)
 
     def _at(self, step: int) -> dict[str, float]:
         return {} if self._lr is None else {"lr": float(self._lr[step - 1])}
@@ -142,24 +127,6 @@ class TrainLog:
             f"{duration(left)} left",
         ]
         return "  ".join(parts)
-
-    def _take_up(self, path: Path) -> None:
-        """Takes up the interval of the step that the run goes on from, and forgets those beyond it."""
-        if not path.exists():
-            return
-        kept = []
-        for line in path.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:  # cut short by a kill; its checkpoint was never begun
-                continue
-            if record["step"] < self._start:
-                kept.append(line)
-            elif record["step"] == self._start:
-                self._sums, self._count = record["sums"], record["count"]
-                kept.append(line)
-        if self._writer.active:
-            write_atomically(path, "".join(f"{line}\n" for line in dict.fromkeys(kept)))
 
 
 def device_memory() -> dict[str, float]:

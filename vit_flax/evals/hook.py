@@ -10,10 +10,10 @@ import numpy as np
 
 from vit_flax import pictures
 from vit_flax.evals.samples import data_uri
+from vit_flax.files import write_atomically
 from vit_flax.step import TrainState
 from vit_flax.train_log import TrainLog
 from vit_flax.typing import PyTree
-from vit_flax.workdir import write_atomically
 from vit_flax.writer import Writer
 
 

@@ -9,8 +9,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from vit_flax.files import write_atomically
 from vit_flax.report import sections
-from vit_flax.workdir import write_atomically
 
 
 def write_report(workdir: str | Path) -> Path:

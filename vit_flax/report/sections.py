@@ -34,7 +34,7 @@ ENGINE = {
     "mfu_percent": ("Model FLOPs utilisation, %", False, ""),
     "device_memory_gib": ("Peak device memory, GiB", False, ""),
 }
-NOT_DRAWN = ("count", "skipped_in_a_row")
+NOT_DRAWN = ("count", "skipped")
 AVERAGE = "averaged weights"
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vit_flax.workdir import write_atomically
+from vit_flax.files import write_atomically
 
 
 class Files:
