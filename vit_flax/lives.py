@@ -24,9 +24,9 @@ import jax
 from vit_flax.checkpoint import Checkpoints, read_newest
 from vit_flax.checksums import checksums
 from vit_flax.job import build
+from vit_flax.train_log import CLOCK
 from vit_flax.trainer import restore_or_init, state_target
 
-CLOCK = ("train/images_per_sec", "train/data_wait_percent")  # metrics that depend on more than the computation
 PRELOAD = (
     "vit_flax.lives",
     "vit_flax.trainer",

@@ -16,7 +16,7 @@ import numpy as np
 from vit_flax.writer import Writer
 
 # Numbers that depend on the clock or the machine: everything else is equal, bit for bit, in a resumed run.
-CLOCK = ("images_per_sec", "data_wait_percent", "mfu_percent", "device_memory_gib")
+CLOCK = tuple(f"train/{name}" for name in ("images_per_sec", "data_wait_percent", "mfu_percent", "device_memory_gib"))
 
 
 class TrainLog:

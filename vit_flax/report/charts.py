@@ -46,10 +46,10 @@ def line_chart(title: str, series: Sequence[Series], *, log: bool = False, note:
     scale = math.log10 if log else float
     low, high = scale(y_ticks[0]), scale(y_ticks[-1])
 
-    def x(step: float) -> float:
+    def x(step: float | int) -> float:
         return LEFT + (WIDTH - LEFT - RIGHT) * step / max(last_step, 1)
 
-    def y(value: float) -> float:
+    def y(value: float | int) -> float:
         return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (scale(value) - low) / (high - low)
 
     parts = []
@@ -74,7 +74,7 @@ def line_chart(title: str, series: Sequence[Series], *, log: bool = False, note:
     )
 
 
-def number(value: float) -> str:
+def number(value: float | int) -> str:
     """A number for people: "0.986", "12k", "3e-4"."""
     size = abs(value)
     if value == 0:
@@ -128,7 +128,7 @@ def _thinned(points: Sequence[tuple[int, float | None]], log: bool) -> list[tupl
     return sorted(kept.items())
 
 
-def _ticks(low: float, high: float, most: int = 5) -> list[float]:
+def _ticks(low: float | int, high: float | int, most: int = 5) -> list[float]:
     """Round numbers that enclose both."""
     if high - low < 1e-9 * max(abs(high), abs(low), 1e-300):
         low, high = low - (abs(low) or 1) * 0.1, high + (abs(high) or 1) * 0.1
@@ -140,7 +140,7 @@ def _ticks(low: float, high: float, most: int = 5) -> list[float]:
     return [float(f"{step * i:.12g}") for i in range(first, last + 1)]
 
 
-def _log_ticks(low: float, high: float) -> list[float]:
+def _log_ticks(low: float | int, high: float | int) -> list[float]:
     """Numbers 1, 2 or 5 times a power of ten that enclose both; powers of ten only over many decades."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     stride = max(1, (last - first) // 5)

@@ -225,7 +225,7 @@ def _classes(details: Line) -> str:
     return f'<div><h3>Classes</h3><p class="note">The lowest first.</p>{table}</div>'
 
 
-def _bar(part: float | None) -> str:
+def _bar(part: float | int | None) -> str:
     return "<td>–</td>" if part is None else f'<td class="bar" style="--part:{100 * part:.1f}%">{100 * part:.1f}%</td>'
 
 
