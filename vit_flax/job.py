@@ -88,6 +88,17 @@ class Job:
             hparams={name: jnp.asarray(value, jnp.float32) for name, value in self.hparams.items()},
         )
 
+    @property
+    def apply(self) -> Callable[..., Any]:
+        """`model.apply` on the mesh."""
+        return sharding.keep_batch_cut(self.model.apply, self.mesh)
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and places of the state, as `jax.ShapeDtypeStruct`s."""
+        abstract = jax.eval_shape(self.init)
+        shardings = sharding.state_sharding(abstract, self.mesh)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+
     def optimizer(self) -> Callable[..., Any]:
         """`hparams -> GradientTransformation`."""
         section = {**self.sections["optim"], "total_steps": self.run.total_steps}
@@ -99,7 +110,7 @@ class Job:
         loss = {k: v for k, v in self.sections["loss"].items() if k != "name"}
         objective = partial(
             classification,
-            apply=bind(self.model.apply, "model", {}),
+            apply=bind(self.apply, "model", {}),
             augment=bind(augment, "augment", self.sections["augment"]),
             loss=bind(LOSSES[self.sections["loss"]["name"]], "loss", loss),
             num_classes=self.data.num_classes,
@@ -110,16 +121,13 @@ class Job:
             optimizer=self.optimizer(),
             accumulate_steps=self.run.accumulate_steps,
         )
-        return jax.jit(step, donate_argnums=0)
+        places = jax.tree.map(lambda x: x.sharding, self.abstract_state())
+        return jax.jit(step, donate_argnums=0, out_shardings=(places, None))
 
     def train_batches(self, start_step: int) -> Iterator[dict[str, jax.Array]]:
         """Batches on the devices from `start_step` on; one is always on its way while another is worked on."""
-        batches = self.data.train(
-            seed=self.run.seed,
-            start_step=start_step,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
+        index, count = sharding.data_shard(self.mesh)
+        batches = self.data.train(seed=self.run.seed, start_step=start_step, process_index=index, process_count=count)
         put = partial(sharding.put_batch, mesh=self.mesh, global_batch_size=self.data.batch_size)
         ahead = put(next(batches))
         while True:
@@ -138,13 +146,14 @@ class Job:
 
     def evaluations(self, writer: Writer, log: TrainLog | None, results: dict[str, float]) -> list[Hook]:
         """One hook per entry of `evals`; each writes its metrics and puts them into `results`."""
-        split = self.data.eval(process_index=jax.process_index(), process_count=jax.process_count())
+        index, count = sharding.data_shard(self.mesh)
+        split = self.data.eval(process_index=index, process_count=count)
         put = partial(sharding.put_batch, mesh=self.mesh, global_batch_size=self.data.eval_batch_size)
         pixels = {k: self.sections["augment"][k] for k in ("mean", "std")}
 
         def hook(name: str, section: dict[str, Any]) -> Every:
             evaluation = EVALS[section["type"]](
-                apply=self.model.apply,
+                apply=self.apply,
                 normalize=partial(normalize, **pixels),
                 batches=lambda: map(put, split),
             )
@@ -174,7 +183,10 @@ SECTIONS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "optim": (make_optimizer, ("total_steps",)),
     "checkpoint": (Checkpoints, ("directory",)),
     "evals": (EVALS, ("apply", "normalize", "batches")),
+    "mesh": (sharding.make_mesh, ("devices",)),
 }
+# Sections that a config may leave out: they change where a run computes, not what.
+ENGINEERING = {"mesh": {}}
 
 
 def build(config: Config) -> Job:
@@ -185,7 +197,7 @@ def build(config: Config) -> Job:
 
     Raises: ConfigError: names the key, what was found and what to do.
     """
-    config = plain(config)
+    config = ENGINEERING | plain(config)
     check_names("", config, SECTIONS, required=SECTIONS)
     check_section("data", config["data"], make_data)
     with _named("data"):
@@ -201,17 +213,24 @@ def build(config: Config) -> Job:
     sections = {name: in_steps(name, section, steps_per_epoch) for name, section in given.items()}
     for name, section in sections.items():
         _check(name, section)
+    with _named("mesh"):
+        mesh = sharding.make_mesh(**sections["mesh"])
+    with _named("data"):
+        for name in ("batch_size", "eval_batch_size"):
+            sharding.check_batch_size(f"data.{name}", getattr(data, name), mesh)
     job = Job(
         config=config,
         run=Run(**sections["run"]),
         data=data,
         model=_make_model(sections, data),
-        mesh=sharding.make_mesh(),
+        mesh=mesh,
         sections=sections,
         hparams=hparams_of(sections),
     )
     with _named("the config"):
-        jax.eval_shape(job.init)
+        abstract = jax.eval_shape(job.init)
+    with _named("mesh"):
+        sharding.param_shardings(abstract.params, mesh)
     return job
 
 

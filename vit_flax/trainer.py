@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 
-from vit_flax import sharding, workdir
+from vit_flax import workdir
 from vit_flax.checkpoint import Checkpoints
 from vit_flax.config import Config
 from vit_flax.hooks import EXIT_PREEMPTED, Every, StopSignal
@@ -91,13 +91,11 @@ def evaluate(config: Config, workdir_path: str | Path) -> dict[str, float]:
 
 def restore_or_init(job: Job, checkpoints: Checkpoints, must_exist: bool = False) -> TrainState:
     """The newest whole checkpoint of this run, or the state before the first step."""
-    abstract = jax.eval_shape(job.init)
-    shardings = sharding.state_sharding(abstract, job.mesh)
-    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    target = job.abstract_state()
     state = checkpoints.restore(target, identity=job.identity())
     if state is not None:
         return state
     if must_exist:
         raise FileNotFoundError("There is no checkpoint in this workdir: train first, or check --workdir.")
     # The same shardings as a restored state, so that both run the same compiled step.
-    return jax.jit(job.init, out_shardings=shardings)()
+    return jax.jit(job.init, out_shardings=jax.tree.map(lambda x: x.sharding, target))()

@@ -27,6 +27,7 @@ PACKAGES = ("vit_flax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "g
 # What may differ between two lives of one run: it changes neither the parameters nor the data.
 MAY_CHANGE = (
     "run.log_every_steps",
+    "mesh.",
     "checkpoint.",
     "evals.",
     "data.num_threads",
