@@ -6,7 +6,7 @@ and each method of `Job` makes one part, in a notebook as in `train`.
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -122,7 +122,7 @@ class Job:
             accumulate_steps=self.run.accumulate_steps,
         )
         places = jax.tree.map(lambda x: x.sharding, self.abstract_state())
-        return jax.jit(step, donate_argnums=0, out_shardings=(places, None))
+        return jax.jit(step, donate_argnums=0, out_shardings=(places, sharding.everywhere(self.mesh)))
 
     def train_batches(self, start_step: int) -> Iterator[dict[str, jax.Array]]:
         """Batches on the devices from `start_step` on; one is always on its way while another is worked on."""
@@ -189,11 +189,12 @@ SECTIONS: dict[str, tuple[Any, tuple[str, ...]]] = {
 ENGINEERING = {"mesh": {}}
 
 
-def build(config: Config) -> Job:
+def build(config: Config, devices: Sequence[Any] | None = None) -> Job:
     """Checks a config and turns it into parts; reads headers of the data and one picture, compiles nothing.
 
     Args:
       config: a ConfigDict or nested dicts, with the sections `SECTIONS`.
+      devices: to run on; all there are where it is None.
 
     Raises: ConfigError: names the key, what was found and what to do.
     """
@@ -213,14 +214,15 @@ def build(config: Config) -> Job:
     sections = {name: in_steps(name, section, steps_per_epoch) for name, section in given.items()}
     for name, section in sections.items():
         _check(name, section)
+    run = Run(**sections["run"])
     with _named("mesh"):
-        mesh = sharding.make_mesh(**sections["mesh"])
+        mesh = sharding.make_mesh(**sections["mesh"], devices=devices)
     with _named("data"):
-        for name in ("batch_size", "eval_batch_size"):
-            sharding.check_batch_size(f"data.{name}", getattr(data, name), mesh)
+        sharding.check_batch_size("data.batch_size", data.batch_size, mesh, run.accumulate_steps)
+        sharding.check_batch_size("data.eval_batch_size", data.eval_batch_size, mesh)
     job = Job(
         config=config,
-        run=Run(**sections["run"]),
+        run=run,
         data=data,
         model=_make_model(sections, data),
         mesh=mesh,

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vit_flax.typing import PyTree
@@ -58,8 +59,18 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequen
             "(one of them may be -1, for what is left)."
         )
     # Auto: Linen's dropout cannot make its masks under Explicit axes.
-    grid = np.asarray(devices).reshape(tuple(sizes.values()))
-    return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    return Mesh(_grid(devices, tuple(sizes.values())), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def _grid(devices: Sequence[Any], sizes: tuple[int, int, int]) -> np.ndarray:
+    """The devices in the order that their links ask for; TPU slices (joined by a slow network) along "data" only."""
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    if sizes[0] % slices:
+        raise ValueError(f"data={sizes[0]} must be a multiple of the {slices} slices of this TPU job.")
+    within, across = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1)
+    return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -67,12 +78,19 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def check_batch_size(name: str, batch_size: int, mesh: Mesh) -> None:
-    """Raises a ValueError unless the devices get equal parts of a batch."""
-    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+def everywhere(mesh: Mesh) -> NamedSharding:
+    """Arrays that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def check_batch_size(name: str, batch_size: int, mesh: Mesh, accumulate_steps: int = 1) -> None:
+    """Raises a ValueError unless the devices get equal parts of a batch, in each of the `accumulate_steps`."""
+    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES) * accumulate_steps
     if batch_size % parts:
+        sizes = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in BATCH_AXES)
+        accumulated = f" x accumulate_steps {accumulate_steps}" if accumulate_steps > 1 else ""
         raise ValueError(
-            f"{name}={batch_size} cannot be cut into {parts} equal parts (data x fsdp of {dict(mesh.shape)}): "
+            f"{name}={batch_size} cannot be cut into {parts} equal parts ({sizes}{accumulated}): "
             f"choose a multiple of {parts}."
         )
 
@@ -89,7 +107,7 @@ def param_shardings(params: PyTree, mesh: Mesh) -> dict[str, NamedSharding]:
     Raises: ValueError: a mesh axis does not divide a dimension that it cuts; names all of them.
     """
     out, problems = {}, []
-    for path, leaf in _by_path(params):
+    for path, leaf in by_path(params):
         _, spec = spec_of(path, leaf.shape)
         problems += [
             f"  mesh.{axis}={mesh.shape[axis]} does not divide dimension {i} of {path} {list(leaf.shape)}"
@@ -119,17 +137,16 @@ def state_sharding(abstract: PyTree, mesh: Mesh) -> PyTree:
     Raises: ValueError: see `param_shardings`.
     """
     shardings = param_shardings(abstract.params, mesh)
-    shapes = {path: leaf.shape for path, leaf in _by_path(abstract.params)}
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    shapes = {path: leaf.shape for path, leaf in by_path(abstract.params)}
 
     def one(path: str, leaf: Any) -> NamedSharding:
         parts = path.split("/")
         ends = ("/".join(parts[i:]) for i in range(len(parts)))
         param = next((end for end in ends if end in shapes), None)
-        return shardings[param] if param and leaf.shape == shapes[param] else everywhere
+        return shardings[param] if param and leaf.shape == shapes[param] else everywhere(mesh)
 
     leaves, treedef = jax.tree.flatten(abstract)
-    paths = [path for path, _ in _by_path(abstract)]
+    paths = [path for path, _ in by_path(abstract)]
     return jax.tree.unflatten(treedef, [one(path, leaf) for path, leaf in zip(paths, leaves, strict=True)])
 
 
@@ -138,18 +155,24 @@ def data_shard(mesh: Mesh) -> tuple[int, int]:
 
     Processes that share the rows of a batch (one tensor-parallel group may span several) read the same part.
 
-    Raises: ValueError: the rows of a process are not one part out of equal ones.
+    Raises: ValueError: two processes share some of their rows but not all.
     """
     parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    rows = batch_sharding(mesh).devices_indices_map((parts,))
-    own = {index[0].indices(parts)[0] for device, index in rows.items() if device.process_index == jax.process_index()}
-    first, size = min(own), len(own)
-    if own != set(range(first, first + size)) or first % size or parts % size:
+    held: dict[int, set[int]] = {}
+    for device, (rows, *_) in batch_sharding(mesh).devices_indices_map((parts,)).items():
+        held.setdefault(device.process_index, set()).add(rows.indices(parts)[0])
+    return _shard_among(held, parts, jax.process_index())
+
+
+def _shard_among(held: Mapping[int, set[int]], parts: int, process: int) -> tuple[int, int]:
+    """`data_shard`, given which of the `parts` of a batch each process holds (not always neighbouring ones)."""
+    shards = sorted({tuple(sorted(own)) for own in held.values()})
+    if sum(map(len, shards)) > parts or len({len(own) for own in shards}) > 1:
         raise ValueError(
-            f"Process {jax.process_index()} holds the parts {sorted(own)} of {parts} of a batch, which are not one part "
-            "out of equal ones: choose mesh sizes that the number of devices of a process divides, or that divide it."
+            f"The processes hold these parts of every batch: {dict(held)}. They have to be equal or have none in "
+            "common: choose mesh sizes that the number of devices of a process divides, or that divide it."
         )
-    return first // size, parts // size
+    return shards.index(tuple(sorted(held[process]))), len(shards)
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, global_batch_size: int) -> dict[str, jax.Array]:
@@ -196,6 +219,6 @@ def bytes_per_device(abstract: PyTree, shardings: PyTree) -> int:
     )
 
 
-def _by_path(tree: PyTree) -> list[tuple[str, Any]]:
+def by_path(tree: PyTree) -> list[tuple[str, Any]]:
     flat = jax.tree_util.tree_leaves_with_path(tree)
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in flat]
