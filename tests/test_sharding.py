@@ -79,7 +79,7 @@ def is_key(x):
 
 @pytest.mark.parametrize(
     ("mesh", "scan", "accumulate_steps"),
-    [*((mesh, True, 1) for mesh in MESHES), ("all", False, 1), ("all", True, 2), ("fsdp8", True, 2)],
+    [*((mesh, True, 1) for mesh in MESHES), ("all", False, 1), ("all", True, 2)],
 )
 def test_training_on_eight_devices_equals_one(mesh, scan, accumulate_steps):
     one, eight = ran("one", scan, accumulate_steps), ran(mesh, scan, accumulate_steps)

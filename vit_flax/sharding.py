@@ -1,4 +1,4 @@
-"""The device mesh, and where the state and the batch lie on it: data parallel, FSDP, tensor parallel, and their products.
+"""The device mesh, and where state and batch lie on it: data parallel, FSDP, tensor parallel, and their products.
 
 The model knows nothing of this: one table of rules, from parameter paths to axes, is applied to the whole state, and
 XLA adds the communication (Xu et al. 2021, arXiv:2105.04663; Zhao et al. 2023, arXiv:2304.11277 for FSDP).
