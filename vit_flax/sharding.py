@@ -62,7 +62,7 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequen
     return Mesh(_grid(devices, tuple(sizes.values())), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
-def _grid(devices: Sequence[Any], sizes: tuple[int, int, int]) -> np.ndarray:
+def _grid(devices: Sequence[Any], sizes: tuple[int, ...]) -> np.ndarray:
     """The devices in the order that their links ask for; TPU slices (joined by a slow network) along "data" only."""
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
@@ -107,7 +107,7 @@ def param_shardings(params: PyTree, mesh: Mesh) -> dict[str, NamedSharding]:
     Raises: ValueError: a mesh axis does not divide a dimension that it cuts; names all of them.
     """
     out, problems = {}, []
-    for path, leaf in by_path(params):
+    for path, leaf in _by_path(params):
         _, spec = spec_of(path, leaf.shape)
         problems += [
             f"  mesh.{axis}={mesh.shape[axis]} does not divide dimension {i} of {path} {list(leaf.shape)}"
@@ -137,7 +137,7 @@ def state_sharding(abstract: PyTree, mesh: Mesh) -> PyTree:
     Raises: ValueError: see `param_shardings`.
     """
     shardings = param_shardings(abstract.params, mesh)
-    shapes = {path: leaf.shape for path, leaf in by_path(abstract.params)}
+    shapes = {path: leaf.shape for path, leaf in _by_path(abstract.params)}
 
     def one(path: str, leaf: Any) -> NamedSharding:
         parts = path.split("/")
@@ -146,7 +146,7 @@ def state_sharding(abstract: PyTree, mesh: Mesh) -> PyTree:
         return shardings[param] if param and leaf.shape == shapes[param] else everywhere(mesh)
 
     leaves, treedef = jax.tree.flatten(abstract)
-    paths = [path for path, _ in by_path(abstract)]
+    paths = [path for path, _ in _by_path(abstract)]
     return jax.tree.unflatten(treedef, [one(path, leaf) for path, leaf in zip(paths, leaves, strict=True)])
 
 
@@ -219,6 +219,6 @@ def bytes_per_device(abstract: PyTree, shardings: PyTree) -> int:
     )
 
 
-def by_path(tree: PyTree) -> list[tuple[str, Any]]:
+def _by_path(tree: PyTree) -> list[tuple[str, Any]]:
     flat = jax.tree_util.tree_leaves_with_path(tree)
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in flat]

@@ -2,12 +2,13 @@
 
 import logging
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from vit_flax import workdir
+from vit_flax import distributed, workdir
 from vit_flax.bad_steps import Diverged
 from vit_flax.checkpoint import CheckpointMismatch, Checkpoints, Restored, SaveFailed, load_params
 from vit_flax.checksums import differences, shapes
@@ -37,11 +38,12 @@ def train(config: Config, workdir_path: str | Path) -> tuple[TrainState, dict[st
       OSError: no checkpoint is whole; SaveFailed: one could not be written.
       SystemExit: with `signals.EXIT_PREEMPTED`, after a signal to stop and a complete checkpoint.
     """
-    with StopSignal() as stop:
+    with distributed.stop_signal() as stop:
         job = build(config)
         folder = Path(workdir_path).absolute()
-        with workdir.lock(folder):
-            workdir.claim(folder, job.config)
+        with workdir.lock(folder) if distributed.is_main() else nullcontext():
+            if distributed.is_main():
+                workdir.claim(folder, job.config)
             with Checkpoints(str(folder / "checkpoints"), **job.checkpoint) as checkpoints:
                 start = restore_or_init(job, checkpoints)
                 with Writer(folder, start_step=start.step, total_steps=job.run.total_steps) as writer:
@@ -110,7 +112,7 @@ class Loop:
             self._evaluate()
             self._checkpoints.amend(self.step, metrics=self._found, progress=self._progress())
         step_fn, batches = job.train_step(), job.train_batches(self.step)
-        while self.step < total and not self._stop.received:
+        while not self._stop.reached(self.step) and self.step < total:
             waiting_since = time.perf_counter()
             batch = next(batches)
             waited_secs = time.perf_counter() - waiting_since

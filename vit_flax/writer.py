@@ -13,6 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vit_flax import distributed
 from vit_flax.files import write_atomically
 
 
@@ -32,7 +33,8 @@ class Writer:
         # tensorboardX takes 0.7 s to import, which `vit_flax.main --help` and the dry run need not wait for.
         from tensorboardX import SummaryWriter
 
-        self.console = Console()
+        self.console = Console(quiet=not distributed.is_main())
+        workdir = workdir if distributed.is_main() else None
         self._jsonl = self._board = None
         if workdir is not None:
             path = workdir / "metrics.jsonl"
