@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_flax.checkpoint import CheckpointMismatch, Checkpoints, checksums
+from vit_flax.checkpoint import CheckpointMismatch, Checkpoints
+from vit_flax.checksums import checksums
 
 IDENTITY = {"model.width": 8, "run.seed": 0}
 
@@ -35,7 +36,8 @@ def saved(directory, steps=(1, 2, 3), **options):
 
 def restored(directory, like=None, identity=IDENTITY):
     with Checkpoints(str(directory)) as checkpoints:
-        return checkpoints.restore(target(like or make_state(0)), identity=identity)
+        found = checkpoints.restore(target(like or make_state(0)), identity=identity)
+        return found and found.state
 
 
 def test_newest_comes_back_bit_for_bit(tmp_path):
@@ -95,7 +97,7 @@ def test_all_damaged_is_an_error_and_deletes_nothing(tmp_path):
         for path in (tmp_path / str(step) / "state").rglob("*"):
             if path.is_file():
                 path.write_bytes(b"")
-    with pytest.raises(OSError, match=r"None of the checkpoints \[3, 2, 1\]"):
+    with pytest.raises(OSError, match=r"None of the checkpoints 3, 2, 1"):
         restored(tmp_path)
     assert all((tmp_path / str(step)).is_dir() for step in (1, 2, 3))
 

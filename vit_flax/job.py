@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 
 from vit_flax import sharding, workdir
 from vit_flax.augment import augment, normalize
+from vit_flax.bad_steps import BadSteps
 from vit_flax.checkpoint import Checkpoints
 from vit_flax.config import Config, ConfigError, bind, check_names, check_section, hparams_of, in_steps, plain
 from vit_flax.data import Data, make_data
@@ -25,6 +27,7 @@ from vit_flax.losses import LOSSES
 from vit_flax.models import make_model
 from vit_flax.models.vit import ViT
 from vit_flax.optim import make_optimizer
+from vit_flax.signals import StopSignal
 from vit_flax.step import TrainState, classification, init_state, train_step
 from vit_flax.update_rules import RULES
 from vit_flax.writer import TrainLog, Writer
@@ -41,6 +44,7 @@ class Run:
       accumulate_steps: a batch is cut into so many parts, to save memory.
       ema_decay: of a moving average of the parameters, evaluated beside them; 0 for none.
       max_skipped_steps: stops the run after so many steps in a row that were not finite.
+      dump_bad_batches: keeps so many of the batches of such steps in the workdir, to look at.
     """
 
     seed: int
@@ -49,6 +53,7 @@ class Run:
     accumulate_steps: int = 1
     ema_decay: float = 0.0
     max_skipped_steps: int = 10
+    dump_bad_batches: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +81,16 @@ class Job:
     def identity(self) -> dict[str, Any]:
         """What must be equal for two processes to be two lives of one run."""
         return {**workdir.identity(self.config), "data": self.data.fingerprint()}
+
+    def about(self) -> dict[str, Any]:
+        """What somebody who opens a checkpoint wants to know; JSON values."""
+        preprocessing = {
+            "image_shape": list(self.data.image_shape),
+            "transforms": [dict(op) for op in self.config["data"]["eval_transforms"]],
+            "mean": list(self.sections["augment"]["mean"]),
+            "std": list(self.sections["augment"]["std"]),
+        }
+        return {"config": self.config, "class_names": list(self.data.class_names), "preprocessing": preprocessing}
 
     def init(self) -> TrainState:
         """The state before the first step (to be jitted)."""
@@ -133,11 +148,21 @@ class Job:
             every_steps=self.run.log_every_steps,
             batch_size=self.data.batch_size,
             total_steps=self.run.total_steps,
-            max_skipped=self.run.max_skipped_steps,
         )
 
-    def evaluations(self, writer: Writer, log: TrainLog | None, results: dict[str, float]) -> list[Hook]:
-        """One hook per entry of `evals`; each writes its metrics and puts them into `results`."""
+    def bad_steps(self, folder: Path, writer: Writer) -> BadSteps:
+        """Reports steps that are not finite, and ends the run after too many."""
+        return BadSteps(
+            max_in_a_row=self.run.max_skipped_steps,
+            folder=folder / "bad_batches",
+            max_dumps=self.run.dump_bad_batches,
+            say=writer.say,
+        )
+
+    def evaluations(
+        self, writer: Writer, log: TrainLog | None, results: dict[str, float], stop: StopSignal
+    ) -> list[Hook]:
+        """One hook per entry of `evals`, in its order; each writes its metrics and puts them into `results`."""
         split = self.data.eval(process_index=jax.process_index(), process_count=jax.process_count())
         put = partial(sharding.put_batch, mesh=self.mesh, global_batch_size=self.data.eval_batch_size)
         pixels = {k: self.sections["augment"][k] for k in ("mean", "std")}
@@ -146,10 +171,12 @@ class Job:
             evaluation = EVALS[section["type"]](
                 apply=self.model.apply,
                 normalize=partial(normalize, **pixels),
-                batches=lambda: map(put, split),
+                batches=lambda: stop.until_received(map(put, split)),
             )
 
             def run(step: int, state: TrainState) -> None:
+                if log is not None:
+                    log.flush()
                 since = time.perf_counter()
                 found = {f"{name}/{metric}": value for metric, value in evaluation.run(state).items()}
                 results.update(found)

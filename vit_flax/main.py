@@ -15,6 +15,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from vit_flax.config import flatten, plain
+from vit_flax.signals import exit_on_signals
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment: a Python file with get_config(), or FILE:ARGUMENT.", lock_config=True
@@ -30,6 +31,7 @@ _MODE = flags.DEFINE_enum(
 
 def main(argv: list[str]) -> None:
     """Runs one mode; what the user can put right ends with a message and exit code 2, without a traceback."""
+    exit_on_signals()
     if len(argv) > 1:
         _stop(f"unexpected argument {argv[1]!r}: options start with --config, --workdir or --mode.")
     try:

@@ -28,7 +28,7 @@ class TrainState(struct.PyTreeNode):
       ema: moving average of `params`, or None.
       key: the run's random key; never changes, a step folds its number in.
       hparams: the numbers that a sweep may vary, by their dotted config key (see docs/architecture.md).
-      skipped_steps: steps whose loss, gradient or update was not finite, since the start, int32.
+      skipped_steps: steps that were skipped because something was not finite, since the start, int32.
       skipped_in_a_row: the same, since the last good step, int32.
     """
 
@@ -82,7 +82,8 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """Takes one optimiser step.
 
-    A loss, gradient or update that is not finite leaves parameters, optimiser and average bit-unchanged and is counted.
+    Where the loss, the gradient, the update or the new parameters are not finite, parameters, optimiser and average
+    stay as they are, bit for bit, and the step is counted.
 
     Args:
       state: is consumed (its buffers are donated).
@@ -93,14 +94,16 @@ def train_step(
 
     Raises: ValueError: the parts would not be equal.
 
-    Returns: the new state, and scalars: those of the objective, `loss`, `grad_norm`, `update_norm`, `param_norm`.
+    Returns: the new state, and scalars: those of the objective, `loss`, `grad_norm`, `update_norm`, `param_norm` (of
+      the new parameters), `skipped` (0 or 1) and `skipped_in_a_row`.
     """
     key = jax.random.fold_in(state.key, state.step)
     loss, metrics, grads = _gradients(objective, state, batch, key, accumulate_steps)
     updates, opt_state = optimizer(state.hparams).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    norms = {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
-    ok = jnp.isfinite(loss) & jnp.isfinite(norms["grad_norm"]) & jnp.isfinite(norms["update_norm"])
+    trees = {"grad_norm": grads, "update_norm": updates, "param_norm": params}
+    numbers = {"loss": loss, **{name: optax.tree.norm(tree) for name, tree in trees.items()}}
+    ok = jnp.all(jnp.isfinite(jnp.stack([x.astype(jnp.float32) for x in numbers.values()])))
 
     def keep_if_bad(new: PyTree, old: PyTree) -> PyTree:
         return jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
@@ -117,8 +120,7 @@ def train_step(
         skipped_steps=state.skipped_steps + bad,
         skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
     )
-    metrics = {"loss": loss, **metrics, **norms, "param_norm": optax.tree.norm(new_state.params)}
-    return new_state, {**metrics, "skipped_in_a_row": new_state.skipped_in_a_row}
+    return new_state, {**metrics, **numbers, "skipped": bad, "skipped_in_a_row": new_state.skipped_in_a_row}
 
 
 def _gradients(

@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vit_flax.workdir import write_atomically
+from vit_flax.files import write_atomically
 
 
 class Writer:
@@ -111,17 +111,20 @@ class TrainLog:
       every_steps: length of an interval.
       batch_size: images per step, over all processes.
       total_steps: of the run.
-      max_skipped: ends the run after that many steps in a row whose loss or gradient was not finite.
     """
 
-    def __init__(self, writer: Writer, *, every_steps: int, batch_size: int, total_steps: int, max_skipped: int):
+    def __init__(self, writer: Writer, *, every_steps: int, batch_size: int, total_steps: int):
         self._writer, self._every, self._batch, self._total = writer, every_steps, batch_size, total_steps
-        self._max_skipped = max_skipped
         self._interval: list[dict[str, Any]] = []
+        self._replayed = 0
         self._due: tuple[int, list[dict[str, Any]], float] | None = None
         self._since = time.perf_counter()
         self._waited_secs = 0.0
         self.last: dict[str, float] = {}
+
+    def replay(self, interval: list[dict[str, Any]]) -> None:
+        """Takes the metrics of the steps since the last interval, which an earlier process made."""
+        self._interval, self._replayed = list(interval), len(interval)
 
     def __call__(self, step: int, metrics: dict[str, jax.Array], waited_secs: float) -> None:
         """Takes the metrics of a step (on the device) and the time its batch was waited for."""
@@ -133,7 +136,7 @@ class TrainLog:
             self._interval, self._waited_secs = [], 0.0
 
     def flush(self) -> None:
-        """Fetches and writes an interval that is complete. Raises FloatingPointError when the run has diverged."""
+        """Fetches and writes an interval that is complete."""
         if self._due is None:
             return
         (step, interval, waited), self._due = self._due, None
@@ -141,7 +144,8 @@ class TrainLog:
         secs = max(time.perf_counter() - self._since, 1e-9)
         self._since = time.perf_counter()
         means = {k: float(np.mean([v[k] for v in values], dtype=np.float64)) for k in values[0]}
-        means["images_per_sec"] = len(values) * self._batch / secs
+        means["images_per_sec"] = (len(values) - self._replayed) * self._batch / secs
+        self._replayed = 0
         means["data_wait_percent"] = 100 * min(waited / secs, 1.0)
         self.last = means
         self._writer.write(step, {f"train/{k}": v for k, v in means.items()})
@@ -150,11 +154,6 @@ class TrainLog:
             f"loss {means['loss']:.4f}  accuracy {means.get('top1', math.nan):.3f}  "
             f"{means['images_per_sec']:,.0f} img/s  data wait {means['data_wait_percent']:.0f}%",
         )
-        if max(int(v["skipped_in_a_row"]) for v in values) >= self._max_skipped:
-            raise FloatingPointError(
-                f"The loss or the gradient was not finite in {self._max_skipped} steps in a row, up to step {step}. "
-                "These steps changed nothing. Lower optim.lr, set optim.clip_norm, or look at the data."
-            )
 
     def exclude(self, secs: float) -> None:
         """Leaves time spent on something else, such as an evaluation, out of the throughput."""
