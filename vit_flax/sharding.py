@@ -34,3 +34,10 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, global_batch_size: int) 
         name: jax.make_array_from_process_local_data(sharding, rows, (global_batch_size, *rows.shape[1:]))
         for name, rows in batch.items()
     }
+
+
+def local_rows(x: jax.Array) -> np.ndarray:
+    """The rows of a global array that this process holds, in their order: what `put_batch` was given."""
+    shards: list[Any] = [shard for shard in x.addressable_shards if shard.replica_id == 0]
+    shards.sort(key=lambda shard: shard.index[0].start or 0)
+    return np.concatenate([np.asarray(shard.data) for shard in shards])

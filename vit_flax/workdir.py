@@ -33,6 +33,10 @@ PACKAGES = ("vit_flax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "g
 MAY_CHANGE = (
     "run.log_every_steps",
     "run.dump_bad_batches",
+    "run.log_every_epochs",
+    "run.peak_tflops",
+    "run.profile_steps",
+    "sinks.",
     "checkpoint.",
     "evals.",
     "data.num_threads",
