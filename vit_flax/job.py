@@ -5,7 +5,8 @@ and each method of `Job` makes one part, in a notebook as in `train`.
 """
 
 import dataclasses
-import time
+import inspect
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -14,23 +15,32 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from vit_flax import sharding, workdir
+from vit_flax import peak, pictures, sharding, workdir
 from vit_flax.augment import augment, normalize
 from vit_flax.bad_steps import BadSteps
 from vit_flax.checkpoint import Checkpoints
-from vit_flax.config import Config, ConfigError, bind, check_names, check_section, hparams_of, in_steps, plain
+from vit_flax.config import Config, ConfigError, bind, check_names, check_section, flatten, hparams_of, in_steps, plain
 from vit_flax.data import Data, make_data
 from vit_flax.evals import EVALS
-from vit_flax.hooks import Every, Hook
+from vit_flax.evals.hook import EvaluationHook
+from vit_flax.files import write_atomically
+from vit_flax.hooks import Every, Hook, Profile
 from vit_flax.losses import LOSSES
 from vit_flax.models import make_model
+from vit_flax.models.flops import forward_flops
 from vit_flax.models.vit import ViT
-from vit_flax.optim import make_optimizer
+from vit_flax.optim import ema_update, eval_params, make_optimizer
+from vit_flax.param_groups import layer_norms
+from vit_flax.schedules import make_schedule
 from vit_flax.signals import StopSignal
+from vit_flax.sinks import SINKS, Sink, check_installed
+from vit_flax.sinks.files import Files
 from vit_flax.step import TrainState, classification, init_state, train_step
+from vit_flax.train_log import TrainLog
 from vit_flax.update_rules import RULES
-from vit_flax.writer import TrainLog, Writer
+from vit_flax.writer import Writer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +53,11 @@ class Run:
       log_every_steps: length of the intervals over which training metrics are averaged.
       accumulate_steps: a batch is cut into so many parts, to save memory.
       ema_decay: of a moving average of the parameters, evaluated beside them; 0 for none.
+      ema_warmup: early steps keep less of the average, at most (1 + step) / (10 + step); DeiT's recipe does not.
+      log_layer_norms: also the norms of gradient and update of each block and of each module outside the blocks.
+      peak_tflops: of one device, for MFU: "known" (from a table; no MFU where the device is not in it), "measured" (at
+        the start) or a number. See `peak`.
+      profile_steps: number of the first and of the last step of a profiler trace, from 2 on; None for no trace.
       max_skipped_steps: stops the run after so many steps in a row that were not finite.
       dump_bad_batches: keeps so many of the batches of such steps in the workdir, to look at.
     """
@@ -52,6 +67,10 @@ class Run:
     log_every_steps: int
     accumulate_steps: int = 1
     ema_decay: float = 0.0
+    ema_warmup: bool = True
+    log_layer_norms: bool = False
+    peak_tflops: float | str = "known"
+    profile_steps: Sequence[int] | None = None
     max_skipped_steps: int = 10
     dump_bad_batches: int = 0
 
@@ -71,12 +90,12 @@ class Job:
     @property
     def checkpoint(self) -> dict[str, Any]:
         """Arguments of `Checkpoints`."""
-        return {k: v for k, v in self.sections["checkpoint"].items() if k != "every_steps"}
+        return {k: v for k, v in self.sections["checkpoint"].items() if k not in SCHEDULES}
 
-    @property
-    def save_every_steps(self) -> int | None:
-        """Distance of the checkpoints."""
-        return self.sections["checkpoint"]["every_steps"]
+    def every(self, section: str, action: Callable[[int, TrainState], Any]) -> Every:
+        """An action on the schedule that a section of the config gives."""
+        schedule = {key: self.sections[section][key] for key in SCHEDULES if key in self.sections[section]}
+        return Every(action, total_steps=self.run.total_steps, **schedule)
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for two processes to be two lives of one run."""
@@ -135,6 +154,8 @@ class Job:
             objective=objective,
             optimizer=self.optimizer(),
             accumulate_steps=self.run.accumulate_steps,
+            ema_update=partial(ema_update, warmup=self.run.ema_warmup),
+            **(dict(layer_norms=layer_norms) if self.run.log_layer_norms else {}),
         )
         places = jax.tree.map(lambda x: x.sharding, self.abstract_state())
         return jax.jit(step, donate_argnums=0, out_shardings=(places, sharding.everywhere(self.mesh)))
@@ -149,54 +170,124 @@ class Job:
             batch, ahead = ahead, put(next(batches))
             yield batch
 
-    def train_log(self, writer: Writer) -> TrainLog:
-        """Averages and writes the metrics of the steps."""
+    def draw_first(self, batches: Iterator[dict[str, jax.Array]], writer: Writer) -> Iterator[dict[str, jax.Array]]:
+        """The batches; a picture of the first one of a run, as the augmentation leaves it, goes to the writer."""
+        if writer.start_step:
+            yield from batches
+        first = next(batches)
+        images, labels = (sharding.local_rows(first[name])[:24] for name in ("image", "label"))
+        targets = labels if labels.ndim == 2 else np.eye(self.data.num_classes)[labels]
+        change = bind(augment, "augment", self.sections["augment"])
+        seen, targets = jax.jit(lambda *arrays: change(jax.random.key(self.run.seed), *arrays, hparams={}))(
+            images, targets.astype(np.float32)
+        )
+        pixels = {k: np.asarray(self.sections["augment"][k], np.float32) for k in ("mean", "std")}
+        shown = np.clip(255 * (np.asarray(seen, np.float32) * pixels["std"] + pixels["mean"]), 0, 255).astype(np.uint8)
+        captions = [pictures.caption(row, self.data.class_names) for row in np.asarray(targets)]
+        writer.picture(1, "train/batch", pictures.grid(shown, captions))
+        yield first
+        yield from batches
+
+    def writer(self, folder: Path | None, *, start_step: int) -> Writer:
+        """The console and, where there is a folder, the files and the sinks of the config."""
+        if folder is None:
+            return Writer(None, {}, start_step=start_step, total_steps=self.run.total_steps)
+        supplied = {"workdir": folder, "start_step": start_step, "config": flatten(self.config)}
+        sinks: dict[str, Callable[[], Sink]] = {"files": partial(Files, workdir=folder, start_step=start_step)}
+        for section in self.sections:
+            kind, _, name = section.partition(".")
+            if kind == "sinks":
+                takes = {k: v for k, v in supplied.items() if k in inspect.signature(SINKS[name]).parameters}
+                sinks[name] = partial(SINKS[name], **takes, **self.sections[section])
+        return Writer(folder, sinks, start_step=start_step, total_steps=self.run.total_steps)
+
+    def train_log(self, writer: Writer, interval: Mapping[str, Any] | None) -> TrainLog:
+        """Averages and writes the metrics of the steps; `interval` is of the checkpoint it goes on from."""
+        found = peak.find_peak(self.run.peak_tflops, jnp.dtype(self.model.dtype).name)
+        if found is not None:
+            writer.say(f"MFU is a part of {found[0] / 1e12:,.1f} TFLOP/s per device ({found[1]}).")
+        facts = self.facts() | {"peak_flops": found and found[0], "peak_source": found and found[1]}
+        if writer.workdir is not None and writer.active:
+            write_atomically(writer.workdir / "facts.json", json.dumps(facts, indent=2) + "\n")
         return TrainLog(
             writer,
             every_steps=self.run.log_every_steps,
             batch_size=self.data.batch_size,
             total_steps=self.run.total_steps,
+            start_step=writer.start_step,
+            interval=interval,
+            learning_rates=self.learning_rates(),
+            mfu_per_image_per_sec=found and facts["train_flops_per_image"] / (found[0] * facts["num_devices"]),
         )
 
-    def bad_steps(self, folder: Path, writer: Writer) -> BadSteps:
+    def bad_steps(self, writer: Writer) -> BadSteps:
         """Reports steps that are not finite, and ends the run after too many."""
+        assert writer.workdir is not None
         return BadSteps(
             max_in_a_row=self.run.max_skipped_steps,
-            folder=folder / "bad_batches",
+            folder=writer.workdir / "bad_batches",
             max_dumps=self.run.dump_bad_batches,
             say=writer.say,
         )
 
+    def learning_rates(self) -> np.ndarray:
+        """The learning rate of each step of the run, before any factor per parameter."""
+        section = {k: v for k, v in self.sections["optim"].items() if k in inspect.signature(make_schedule).parameters}
+        schedule = make_schedule(**section, total_steps=self.run.total_steps)
+        return np.asarray(jax.jit(schedule)(np.arange(self.run.total_steps)))
+
+    def facts(self) -> dict[str, Any]:
+        """What the config does not say and a report wants to; JSON values."""
+        h, w, c = self.data.image_shape
+        ph, pw = (self.model.patch_size,) * 2 if isinstance(self.model.patch_size, int) else self.model.patch_size
+        return {
+            "total_steps": self.run.total_steps,
+            "num_params": sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(self.init).params)),
+            "train_flops_per_image": 3 * forward_flops(self.model, (h // ph, w // pw), channels=c),
+            "num_train_examples": self.data.num_train,
+            "image_shape": [h, w, c],
+            "device_kind": jax.devices()[0].device_kind,
+            "num_devices": jax.device_count(),
+        }
+
     def evaluations(
         self, writer: Writer, log: TrainLog | None, results: dict[str, float], stop: StopSignal
-    ) -> list[Hook]:
+    ) -> dict[str, Hook]:
         """One hook per entry of `evals`, in its order; each writes its metrics and puts them into `results`."""
         index, count = sharding.data_shard(self.mesh)
         split = self.data.eval(process_index=index, process_count=count)
-        put = partial(sharding.put_batch, mesh=self.mesh, global_batch_size=self.data.eval_batch_size)
-        pixels = {k: self.sections["augment"][k] for k in ("mean", "std")}
 
-        def hook(name: str, section: dict[str, Any]) -> Every:
+        def hook(name: str) -> Every:
+            section = self.sections[f"evals.{name}"]
             evaluation = EVALS[section["type"]](
                 apply=self.apply,
-                normalize=partial(normalize, **pixels),
-                batches=lambda: stop.until_received(map(put, split)),
+                normalize=partial(normalize, **{k: self.sections["augment"][k] for k in ("mean", "std")}),
+                batches=lambda: stop.until_received(split),
+                put=partial(sharding.put_batch, mesh=self.mesh, global_batch_size=self.data.eval_batch_size),
+                rows=sharding.batch_sharding(self.mesh),
+                num_classes=self.data.num_classes,
             )
+            run = EvaluationHook(
+                name,
+                evaluation,
+                weights=eval_params,
+                writer=writer,
+                log=log,
+                results=results,
+                class_names=self.data.class_names,
+                example_id=lambda row: str(self.data.eval_source[row]["id"]),
+            )
+            return self.every(f"evals.{name}", run)
 
-            def run(step: int, state: TrainState) -> None:
-                if log is not None:
-                    log.flush()
-                since = time.perf_counter()
-                found = {f"{name}/{metric}": value for metric, value in evaluation.run(state).items()}
-                results.update(found)
-                if log is not None:
-                    log.exclude(time.perf_counter() - since)
-                writer.write(step, found)
-                writer.say(f"step {step} " + "  ".join(f"{k} {v:.4f}" for k, v in found.items()))
+        return {name: hook(name) for name in self.config["evals"]}
 
-            return Every(run, every_steps=section["every_steps"], total_steps=self.run.total_steps)
-
-        return [hook(name, self.sections[f"evals.{name}"]) for name in self.config["evals"]]
+    def profile(self, writer: Writer) -> Hook:
+        """Records a trace of the profiler, where the config asks for one."""
+        if self.run.profile_steps is None or writer.workdir is None:
+            return lambda step, state: None
+        hook = Profile(self.run.profile_steps, folder=writer.workdir / "profile", say=writer.say)
+        writer.closing.callback(hook.close)
+        return hook
 
 
 # Section -> the callable whose signature is its schema (or a dict of them, by name), and the arguments that the
@@ -209,11 +300,15 @@ SECTIONS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "loss": (LOSSES, ("logits", "targets", "mask")),
     "optim": (make_optimizer, ("total_steps",)),
     "checkpoint": (Checkpoints, ("directory",)),
-    "evals": (EVALS, ("apply", "normalize", "batches")),
+    "evals": (EVALS, ("apply", "normalize", "batches", "put", "rows", "num_classes")),
     "mesh": (sharding.make_mesh, ("devices",)),
+    "sinks": (SINKS, ("workdir", "start_step", "config")),
 }
-# Sections that a config may leave out: they change where a run computes, not what.
-ENGINEERING = {"mesh": {}}
+# Of these, a section that happens every so often has exactly one (`every_epochs` becomes `every_steps`).
+SCHEDULES = ("every_steps", "every_secs")
+# Sections that a config may leave out. `metrics.jsonl` and `pictures/` are written without a sink.
+DEFAULT_MESH: dict[str, Any] = {}
+DEFAULT_SINKS: dict[str, dict[str, Any]] = {"csv": {}, "tensorboard": {}}
 
 
 def build(config: Config, devices: Sequence[Any] | None = None) -> Job:
@@ -225,8 +320,8 @@ def build(config: Config, devices: Sequence[Any] | None = None) -> Job:
 
     Raises: ConfigError: names the key, what was found and what to do.
     """
-    config = ENGINEERING | plain(config)
-    check_names("", config, SECTIONS, required=SECTIONS)
+    config = {"mesh": DEFAULT_MESH} | plain(config)
+    check_names("", config, SECTIONS, required=[name for name in SECTIONS if name != "sinks"])
     check_section("data", config["data"], make_data)
     with _named("data"):
         data = make_data(**config["data"])
@@ -236,8 +331,11 @@ def build(config: Config, devices: Sequence[Any] | None = None) -> Job:
             f"{config['data']['train_split']!r}: choose a smaller batch or a larger split."
         )
     steps_per_epoch = data.num_train / data.batch_size
-    evals = {f"evals.{name}": section for name, section in config["evals"].items()}
-    given = {name: section for name, section in config.items() if name != "evals"} | evals
+    given = {name: section for name, section in config.items() if name not in ("evals", "sinks")}
+    given |= {f"evals.{name}": section for name, section in config["evals"].items()}
+    sinks = config.get("sinks", DEFAULT_SINKS)
+    check_names("sinks.", sinks, SINKS)
+    given |= {f"sinks.{name}": section for name, section in sinks.items()}
     sections = {name: in_steps(name, section, steps_per_epoch) for name, section in given.items()}
     for name, section in sections.items():
         _check(name, section)
@@ -265,12 +363,17 @@ def build(config: Config, devices: Sequence[Any] | None = None) -> Job:
 
 def _check(name: str, section: Mapping[str, Any]) -> None:
     """Checks one section against the callable that it is for."""
-    schema, supplied = SECTIONS[name.split(".")[0]]
+    kind, _, key = name.partition(".")
+    schema, supplied = SECTIONS[kind]
     extra: set[str] = set()
-    if name == "checkpoint" or name.startswith("evals."):
-        extra.add("every_steps")
-    if isinstance(schema, dict):  # the section names its callable
-        which = "name" if name == "loss" else "type"
+    if kind in ("checkpoint", "evals"):
+        extra.add("every_secs" if "every_secs" in section else "every_steps")
+    if kind == "sinks":
+        schema = SINKS[key]
+        with _named(name):
+            check_installed(key)
+    elif isinstance(schema, dict):  # the section names its callable
+        which = "name" if kind == "loss" else "type"
         check_names(f"{name}.", [which] if which in section else [], [which], required=[which])
         if section[which] not in schema:
             raise ConfigError(f"{name}.{which}={section[which]!r} is unknown: expected one of {', '.join(schema)}.")

@@ -16,7 +16,6 @@ from vit_flax.config import Config
 from vit_flax.job import Job, build
 from vit_flax.signals import EXIT_PREEMPTED, Interrupted, StopSignal
 from vit_flax.step import TrainState
-from vit_flax.typing import PyTree
 from vit_flax.writer import Writer, print_results
 
 log = logging.getLogger(__name__)
@@ -46,8 +45,8 @@ def train(config: Config, workdir_path: str | Path) -> tuple[TrainState, dict[st
                 workdir.claim(folder, job.config)
             with Checkpoints(str(folder / "checkpoints"), **job.checkpoint) as checkpoints:
                 start = restore_or_init(job, checkpoints)
-                with Writer(folder, start_step=start.step, total_steps=job.run.total_steps) as writer:
-                    loop = Loop(job, start, checkpoints, writer, folder, stop)
+                with job.writer(folder, start_step=start.step) as writer:
+                    loop = Loop(job, start, checkpoints, writer, stop)
                     loop.run()
     if not loop.finished:
         writer.say(f"Stopped by {stop.received} after step {loop.step}; the same command goes on from there.")
@@ -63,22 +62,17 @@ class Loop:
     checkpoints, that an uninterrupted one does.
     """
 
-    def __init__(
-        self, job: Job, start: Restored, checkpoints: Checkpoints, writer: Writer, folder: Path, stop: StopSignal
-    ):
-        self._job, self._checkpoints, self._stop = job, checkpoints, stop
+    def __init__(self, job: Job, start: Restored, checkpoints: Checkpoints, writer: Writer, stop: StopSignal):
+        self._job, self._checkpoints, self._writer, self._stop = job, checkpoints, writer, stop
         self.step, self.state = start.step, start.state
-        before = start.progress or {"interval": [], "latest": {}, "found": {}, "evaluated": True}
-        self._interval: list[PyTree] = before["interval"]  # metrics of the steps since the last line of the log
+        before = start.progress or {"interval": None, "latest": {}, "found": {}, "evaluated": True}
         self._latest: dict[str, float] = before["latest"]  # of all evaluations
         self._found: dict[str, float] = before["found"]  # by the evaluations at this step
         self._evaluated: bool = before["evaluated"]  # all evaluations of this step are done
-        self._log = job.train_log(writer)
-        self._log.replay(self._interval)
-        self._bad_steps = job.bad_steps(folder, writer)
-        self._evaluations = dict(
-            zip(job.config["evals"], job.evaluations(writer, self._log, self._found, stop), strict=True)
-        )
+        self._log = job.train_log(writer, before["interval"])
+        self._bad_steps = job.bad_steps(writer)
+        self._evaluations = job.evaluations(writer, self._log, self._found, stop)
+        self._save_when_due = job.every("checkpoint", lambda step, state: self._save())
 
     @property
     def finished(self) -> bool:
@@ -111,7 +105,8 @@ class Loop:
         if not self._evaluated:
             self._evaluate()
             self._checkpoints.amend(self.step, metrics=self._found, progress=self._progress())
-        step_fn, batches = job.train_step(), job.train_batches(self.step)
+        step_fn, profile = job.train_step(), job.profile(self._writer)
+        batches = job.draw_first(job.train_batches(self.step), self._writer)
         while not self._stop.reached(self.step) and self.step < total:
             waiting_since = time.perf_counter()
             batch = next(batches)
@@ -121,13 +116,12 @@ class Loop:
             self._found.clear()
             self._evaluated = False
             self._bad_steps(self.step, batch, metrics)
-            self._interval.append(metrics)
             self._log(self.step, metrics, waited_secs)
-            if self.step % job.run.log_every_steps == 0:
-                self._interval.clear()
+            profile(self.step, self.state)
             self._evaluate()
-            if self._save_is_due():
+            if self._checkpoints.would_be_best(self._found):
                 self._save()
+            self._save_when_due(self.step, self.state)
             self._checkpoints.check()
         self._bad_steps.flush()
 
@@ -140,12 +134,7 @@ class Loop:
         self._latest.update(self._found)
         self._evaluated = True
 
-    def _save_is_due(self) -> bool:
-        every = self._job.save_every_steps
-        return (bool(every) and self.step % every == 0) or self._checkpoints.would_be_best(self._found)
-
     def _save(self) -> None:
-        self._log.flush()  # what the checkpoint takes for written is written
         self._checkpoints.save(
             self.step,
             self.state,
@@ -156,13 +145,8 @@ class Loop:
         )
 
     def _progress(self) -> dict[str, Any]:
-        interval = jax.tree.map(lambda x: x.item(), jax.device_get(self._interval))
-        return {
-            "interval": interval,
-            "latest": self._latest,
-            "found": self._found,
-            "evaluated": self._evaluated,
-        }
+        interval = self._log.open_interval()  # what the checkpoint takes for written is written first
+        return {"interval": interval, "latest": self._latest, "found": self._found, "evaluated": self._evaluated}
 
     def _save_after(self, error: Exception) -> None:
         """Saves what there is when the run cannot go on; never hides why it cannot."""
@@ -197,8 +181,8 @@ def evaluate(config: Config, workdir_path: str | Path) -> dict[str, float]:
     params, ema = jax.device_put((saved.params, ema), (places.params, places.ema))
     state = nothing.replace(step=saved.step, params=params, ema=ema)
     results: dict[str, float] = {}
-    with Writer(None, start_step=0, total_steps=job.run.total_steps) as writer:
-        for hook in job.evaluations(writer, None, results, StopSignal()):
+    with job.writer(None, start_step=0) as writer:
+        for hook in job.evaluations(writer, None, results, StopSignal()).values():
             hook(job.run.total_steps, state)
     print_results(writer.console, {"step": float(saved.step), **results}, workdir.places(folder))
     return results
