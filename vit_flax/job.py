@@ -122,6 +122,17 @@ class Job:
             hparams={name: jnp.asarray(value, jnp.float32) for name, value in self.hparams.items()},
         )
 
+    @property
+    def apply(self) -> Callable[..., Any]:
+        """`model.apply` on the mesh."""
+        return sharding.keep_batch_cut(self.model.apply, self.mesh)
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and places of the state, as `jax.ShapeDtypeStruct`s."""
+        abstract = jax.eval_shape(self.init)
+        shardings = sharding.state_sharding(abstract, self.mesh)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+
     def optimizer(self) -> Callable[..., Any]:
         """`hparams -> GradientTransformation`."""
         section = {**self.sections["optim"], "total_steps": self.run.total_steps}
@@ -133,7 +144,7 @@ class Job:
         loss = {k: v for k, v in self.sections["loss"].items() if k != "name"}
         objective = partial(
             classification,
-            apply=bind(self.model.apply, "model", {}),
+            apply=bind(self.apply, "model", {}),
             augment=bind(augment, "augment", self.sections["augment"]),
             loss=bind(LOSSES[self.sections["loss"]["name"]], "loss", loss),
             num_classes=self.data.num_classes,
@@ -146,16 +157,13 @@ class Job:
             ema_update=partial(ema_update, warmup=self.run.ema_warmup),
             **(dict(layer_norms=layer_norms) if self.run.log_layer_norms else {}),
         )
-        return jax.jit(step, donate_argnums=0)
+        places = jax.tree.map(lambda x: x.sharding, self.abstract_state())
+        return jax.jit(step, donate_argnums=0, out_shardings=(places, sharding.everywhere(self.mesh)))
 
     def train_batches(self, start_step: int) -> Iterator[dict[str, jax.Array]]:
         """Batches on the devices from `start_step` on; one is always on its way while another is worked on."""
-        batches = self.data.train(
-            seed=self.run.seed,
-            start_step=start_step,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
+        index, count = sharding.data_shard(self.mesh)
+        batches = self.data.train(seed=self.run.seed, start_step=start_step, process_index=index, process_count=count)
         put = partial(sharding.put_batch, mesh=self.mesh, global_batch_size=self.data.batch_size)
         ahead = put(next(batches))
         while True:
@@ -212,6 +220,16 @@ class Job:
             mfu_per_image_per_sec=found and facts["train_flops_per_image"] / (found[0] * facts["num_devices"]),
         )
 
+    def bad_steps(self, writer: Writer) -> BadSteps:
+        """Reports steps that are not finite, and ends the run after too many."""
+        assert writer.workdir is not None
+        return BadSteps(
+            max_in_a_row=self.run.max_skipped_steps,
+            folder=writer.workdir / "bad_batches",
+            max_dumps=self.run.dump_bad_batches,
+            say=writer.say,
+        )
+
     def learning_rates(self) -> np.ndarray:
         """The learning rate of each step of the run, before any factor per parameter."""
         section = {k: v for k, v in self.sections["optim"].items() if k in inspect.signature(make_schedule).parameters}
@@ -232,25 +250,17 @@ class Job:
             "num_devices": jax.device_count(),
         }
 
-    def bad_steps(self, folder: Path, writer: Writer) -> BadSteps:
-        """Reports steps that are not finite, and ends the run after too many."""
-        return BadSteps(
-            max_in_a_row=self.run.max_skipped_steps,
-            folder=folder / "bad_batches",
-            max_dumps=self.run.dump_bad_batches,
-            say=writer.say,
-        )
-
     def evaluations(
         self, writer: Writer, log: TrainLog | None, results: dict[str, float], stop: StopSignal
-    ) -> list[Hook]:
+    ) -> dict[str, Hook]:
         """One hook per entry of `evals`, in its order; each writes its metrics and puts them into `results`."""
-        split = self.data.eval(process_index=jax.process_index(), process_count=jax.process_count())
+        index, count = sharding.data_shard(self.mesh)
+        split = self.data.eval(process_index=index, process_count=count)
 
         def hook(name: str) -> Every:
             section = self.sections[f"evals.{name}"]
             evaluation = EVALS[section["type"]](
-                apply=self.model.apply,
+                apply=self.apply,
                 normalize=partial(normalize, **{k: self.sections["augment"][k] for k in ("mean", "std")}),
                 batches=lambda: stop.until_received(split),
                 put=partial(sharding.put_batch, mesh=self.mesh, global_batch_size=self.data.eval_batch_size),
@@ -269,15 +279,15 @@ class Job:
             )
             return self.every(f"evals.{name}", run)
 
-        return [hook(name) for name in self.config["evals"]]
+        return {name: hook(name) for name in self.config["evals"]}
 
-    def profile(self, writer: Writer) -> list[Hook]:
-        """The hook that records a profiler trace, where the config asks for one."""
+    def profile(self, writer: Writer) -> Hook:
+        """Records a trace of the profiler, where the config asks for one."""
         if self.run.profile_steps is None or writer.workdir is None:
-            return []
+            return lambda step, state: None
         hook = Profile(self.run.profile_steps, folder=writer.workdir / "profile", say=writer.say)
         writer.closing.callback(hook.close)
-        return [hook]
+        return hook
 
 
 # Section -> the callable whose signature is its schema (or a dict of them, by name), and the arguments that the
@@ -291,23 +301,26 @@ SECTIONS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "optim": (make_optimizer, ("total_steps",)),
     "checkpoint": (Checkpoints, ("directory",)),
     "evals": (EVALS, ("apply", "normalize", "batches", "put", "rows", "num_classes")),
+    "mesh": (sharding.make_mesh, ("devices",)),
     "sinks": (SINKS, ("workdir", "start_step", "config")),
 }
 # Of these, a section that happens every so often has exactly one (`every_epochs` becomes `every_steps`).
 SCHEDULES = ("every_steps", "every_secs")
-# The sinks of a config without that section. `metrics.jsonl` and `pictures/` are always written.
+# Sections that a config may leave out. `metrics.jsonl` and `pictures/` are written without a sink.
+DEFAULT_MESH: dict[str, Any] = {}
 DEFAULT_SINKS: dict[str, dict[str, Any]] = {"csv": {}, "tensorboard": {}}
 
 
-def build(config: Config) -> Job:
+def build(config: Config, devices: Sequence[Any] | None = None) -> Job:
     """Checks a config and turns it into parts; reads headers of the data and one picture, compiles nothing.
 
     Args:
       config: a ConfigDict or nested dicts, with the sections `SECTIONS`.
+      devices: to run on; all there are where it is None.
 
     Raises: ConfigError: names the key, what was found and what to do.
     """
-    config = plain(config)
+    config = {"mesh": DEFAULT_MESH} | plain(config)
     check_names("", config, SECTIONS, required=[name for name in SECTIONS if name != "sinks"])
     check_section("data", config["data"], make_data)
     with _named("data"):
@@ -326,17 +339,25 @@ def build(config: Config) -> Job:
     sections = {name: in_steps(name, section, steps_per_epoch) for name, section in given.items()}
     for name, section in sections.items():
         _check(name, section)
+    run = Run(**sections["run"])
+    with _named("mesh"):
+        mesh = sharding.make_mesh(**sections["mesh"], devices=devices)
+    with _named("data"):
+        sharding.check_batch_size("data.batch_size", data.batch_size, mesh, run.accumulate_steps)
+        sharding.check_batch_size("data.eval_batch_size", data.eval_batch_size, mesh)
     job = Job(
         config=config,
-        run=Run(**sections["run"]),
+        run=run,
         data=data,
         model=_make_model(sections, data),
-        mesh=sharding.make_mesh(),
+        mesh=mesh,
         sections=sections,
         hparams=hparams_of(sections),
     )
     with _named("the config"):
-        jax.eval_shape(job.init)
+        abstract = jax.eval_shape(job.init)
+    with _named("mesh"):
+        sharding.param_shardings(abstract.params, mesh)
     return job
 
 

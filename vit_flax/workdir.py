@@ -33,11 +33,12 @@ PACKAGES = ("vit_flax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "g
 # What may differ between two lives of one run: it changes neither the parameters nor the data.
 MAY_CHANGE = (
     "run.log_every_steps",
+    "mesh.",
+    "run.dump_bad_batches",
     "run.log_every_epochs",
     "run.peak_tflops",
     "run.profile_steps",
     "sinks.",
-    "run.dump_bad_batches",
     "checkpoint.",
     "evals.",
     "data.num_threads",
