@@ -18,7 +18,7 @@ from vit_flax import sharding, workdir
 from vit_flax.augment import augment, normalize
 from vit_flax.checkpoint import Checkpoints
 from vit_flax.config import Config, ConfigError, bind, check_names, check_section, hparams_of, in_steps, plain
-from vit_flax.data import Data, make_data
+from vit_flax.data import Ahead, Data, make_data
 from vit_flax.evals import EVALS
 from vit_flax.hooks import Every, Hook
 from vit_flax.losses import LOSSES
@@ -112,7 +112,7 @@ class Job:
         )
         return jax.jit(step, donate_argnums=0)
 
-    def train_batches(self, start_step: int) -> Iterator[dict[str, jax.Array]]:
+    def train_batches(self, start_step: int) -> Ahead:
         """Batches on the devices from `start_step` on; one is always on its way while another is worked on."""
         batches = self.data.train(
             seed=self.run.seed,
@@ -121,10 +121,7 @@ class Job:
             process_count=jax.process_count(),
         )
         put = partial(sharding.put_batch, mesh=self.mesh, global_batch_size=self.data.batch_size)
-        ahead = put(next(batches))
-        while True:
-            batch, ahead = ahead, put(next(batches))
-            yield batch
+        return Ahead(batches, put, jnp.float32 if self.data.reading["on_error"] == "skip" else None)
 
     def train_log(self, writer: Writer) -> TrainLog:
         """Averages and writes the metrics of the steps."""

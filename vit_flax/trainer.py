@@ -58,7 +58,7 @@ def _loop(
         batch = next(batches)
         waited_secs = time.perf_counter() - waiting_since
         state, metrics = step_fn(state, batch)
-        log(step, metrics, waited_secs)
+        log(step, {**metrics, **batches.counts}, waited_secs)
         for hook in hooks:
             hook(step, state)
         if stop.received:

@@ -52,7 +52,7 @@ def show(config: Any, out: str | Path, *, step: int = 0, max_images: int = 32) -
         (f"training, step {step}: batch of {job.data.batch_size}", _train_batch(job, step)),
         (f"evaluation: split of {len(job.data.eval_source)}", _eval_images(job, max_images)),
     ):
-        title += " images, " + "x".join(map(str, images.shape[1:]))
+        title += " images, " + "x".join(str(length) for length in images.shape[1:])
         captions = [caption(target, job.data.class_names) for target in targets[:max_images]]
         grids.append(draw_grid(images[:max_images], captions, title))
         lines.append(f"{title}; the model gets mean {pixels.mean():.3f}, std {pixels.std():.3f}")
@@ -88,7 +88,7 @@ def draw_grid(images: np.ndarray, captions: Sequence[str], title: str) -> Image.
 
 def caption(target: np.ndarray, class_names: Sequence[str]) -> str:
     """The class names of a target [v], the largest first, with their shares where they are mixed."""
-    order = np.argsort(-target, kind="stable")
+    order: list[int] = np.argsort(-target, kind="stable").tolist()
     named = [(class_names[i], float(target[i])) for i in order if target[i] >= 0.005]
     if all(share > 0.995 for _, share in named):  # one class, or several of multi-label data
         return " + ".join(name for name, _ in named)
