@@ -96,6 +96,7 @@ class Family:
       rows: the table, for a model.
       spell: brings the spellings that occur to the one of the table.
       config: the contents of the files to write beside the weights, by name; None if the family is only read.
+      extra: tensors that the format demands and our models lack, such as a mask token, by name.
       token_positions: whether the class token has a slot in the family's position table; None if both occur.
       suffix: of the file that is written.
     """
@@ -107,6 +108,7 @@ class Family:
     rows: Callable[[ViT], list[Row]]
     spell: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict
     config: Callable[[Outgoing], dict[str, dict[str, Any]]] | None = None
+    extra: Callable[[Outgoing], dict[str, np.ndarray]] = lambda _: {}
     token_positions: bool | None = None
     suffix: str = ".safetensors"
 
