@@ -147,8 +147,8 @@ def read_class_names(source: Source, classes: int | None) -> tuple[str, ...] | N
     names = tuple(str(labels[key]) for key in sorted(labels, key=int))
     if len(names) != classes:
         raise ValueError(
-            f"{source.path}: {CONFIG} names {len(names)} classes (id2label) and the head has {classes} outputs. It does "
-            "not belong to these weights: fetch both from the same place."
+            f"{source.path}: {CONFIG} names {len(names)} classes (id2label) and the head has {classes} outputs. It "
+            "does not belong to these weights: fetch both from the same place."
         )
     return None if names == _numbered(classes) else names
 
@@ -182,8 +182,8 @@ def read_preprocess(source: Source, patch_size: int | Sequence[int]) -> Preproce
 
     def unknown(what: str) -> ValueError:
         return ValueError(
-            f"{source.path}: {PREPROCESSOR} {what}, which is not supported here. Take the file away to load the weights "
-            "without it, and prepare the images as its library does."
+            f"{source.path}: {PREPROCESSOR} {what}, which is not supported here. Take the file away to load "
+            "the weights without it, and prepare the images as its library does."
         )
 
     def on(switch: str) -> bool:
@@ -205,14 +205,15 @@ def read_preprocess(source: Source, patch_size: int | Sequence[int]) -> Preproce
     # 384 with patches of 14: the library's convolution never sees the last 6 pixels.
     rows, columns = (side // patch * patch for side, patch in zip(target, pair(patch_size), strict=True))
     channels = len(values["image_mean"]) if on("do_normalize") else 3
-    # Their pixels are multiplied by the factor before the mean goes off; ours by 1 / 255.
-    scale = 255 * (values["rescale_factor"] if "rescale_factor" in values else 1 / 255)
+    # Their pixels are multiplied by the factor before the mean goes off; ours by 1 / 255. Old files leave it out.
+    scale = 255 * values["rescale_factor"] if "rescale_factor" in values else 1.0
+    stretched = (rows, columns) == resized and not keep_aspect
     preprocess = Preprocess(
         image_size=(rows, columns),
         mean=tuple(float(m) / scale for m in values["image_mean"]) if on("do_normalize") else (0.0,) * channels,
         std=tuple(float(s) / scale for s in values["image_std"]) if on("do_normalize") else (1 / scale,) * channels,
-        crop_fraction=None if (rows, columns) == resized and not keep_aspect else rows / resized[0],
-        keep_aspect=keep_aspect,
+        crop_fraction=None if stretched else rows / resized[0],
+        keep_aspect=keep_aspect or stretched,
         filter=_FILTERS[values["resample"]],
     )
     if not keep_aspect and preprocess.resized(*resized) != resized:
@@ -251,6 +252,7 @@ def write_preprocess(preprocess: Preprocess) -> dict[str, Any]:
     else:
         raise ValueError(f"no image processor resizes the shorter side and crops {rows}x{columns}")
     return how | {
+        "do_convert_rgb": len(preprocess.mean) == 3,
         "do_resize": True,
         "resample": next(number for number, name in _FILTERS.items() if name == preprocess.filter),
         "do_rescale": True,

@@ -1,4 +1,4 @@
-"""The cases whose reference is transformers: each class that is read, tiny, and one published architecture per family."""
+"""The cases whose reference is transformers: every class that is read, tiny, and a published size of every family."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from vit_flax.convert.parity.case import Case, Reference, random_tensor
+from vit_flax.convert.resample import Grid
 from vit_flax.convert.source import CONFIG, PREPROCESSOR, WEIGHTS
 
 # What is compared, for a model, pixels [b, c, h, w] and further arguments of the call.
@@ -48,6 +49,7 @@ def _build(
     *,
     output: Output = _logits,
     processor: Mapping[str, Any],
+    own_size: Grid,
     interpolate: bool = True,
     in_memory: bool = False,
     gradients: bool = False,
@@ -60,6 +62,7 @@ def _build(
       config: arguments of its configuration class.
       output: what is compared.
       processor: the contents of preprocessor_config.json.
+      own_size: rows and columns of the images that the position table is for.
       interpolate: whether another image size has to be asked for; DINOv2 and DINOv3 take any.
       in_memory: writes the names of the modules instead of those of `save_pretrained`.
       gradients: whether they are compared too.
@@ -72,11 +75,11 @@ def _build(
     cls = getattr(transformers, name)
     model = cls(cls.config_class(**config)).eval()
     rng = np.random.default_rng(seed)
-    model.load_state_dict({key: _tensor(key, value, rng) for key, value in model.state_dict().items()})
-    own_size = (config["vision_config"] if "vision_config" in config else config)["image_size"]
+    scale = 1.0 if gradients else 0.02
+    model.load_state_dict({key: _tensor(key, value, rng, scale) for key, value in model.state_dict().items()})
 
     def run(images: np.ndarray) -> Any:
-        asked = {"interpolate_pos_encoding": True} if interpolate and images.shape[1:3] != (own_size, own_size) else {}
+        asked = {"interpolate_pos_encoding": True} if interpolate and images.shape[1:3] != own_size else {}
         return output(model, torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))), **asked)
 
     def apply(images: np.ndarray) -> np.ndarray:
@@ -104,12 +107,12 @@ def _build(
     return Reference(write, apply, write_gradients if gradients else None)
 
 
-def _tensor(key: str, like: Any, rng: np.random.Generator) -> Any:
-    """Random, and small in the embeddings: the first LayerNorm then shows a wrong epsilon."""
+def _tensor(key: str, like: Any, rng: np.random.Generator, embeddings: float) -> Any:
+    """Random; a small factor in front of the embeddings shows a wrong epsilon, and would blow up their gradients."""
     import torch
 
     value = torch.tensor(np.asarray(random_tensor(key, tuple(like.shape), rng)))
-    return 0.02 * value if "embeddings." in key else value
+    return embeddings * value if "embeddings." in key else value
 
 
 def open_exported(folder: Path) -> Callable[[np.ndarray], np.ndarray]:
@@ -186,7 +189,7 @@ _clip = partial(_build, processor=_crop("CLIP", {"shortest_edge": 16}, 16, _OPEN
 def _tiny(family: str, cls: str, build: Callable[..., Reference], config: Mapping[str, Any], **more: Any) -> Case:
     """A tiny model of a class; `note` tells it from others of that class, `compared` is `Case.output`."""
     note, compared = more.pop("note", ""), more.pop("compared", "")
-    build = partial(build, name=cls, config=config, **more)
+    build = partial(build, name=cls, config=config, own_size=_SIZES[0], **more)
     return Case(family, f"{cls} {note}".strip(), "transformers", build, _SIZES, output=compared)
 
 
@@ -195,25 +198,30 @@ def _published(
 ) -> Case:
     """The architecture of a published checkpoint, with random weights."""
     sizes, compared = more.pop("sizes"), more.pop("compared", "")
-    build = partial(build, name=cls, config=config, **more)
+    build = partial(build, name=cls, config=config, own_size=sizes[0], **more)
     return Case(family, name, "transformers", build, sizes, output=compared, full_size=True)
 
 
-_DINO, _DINO_REG = "hf:dinov2", "hf:dinov2_with_registers"
+_DINO, _REGISTERS = "hf:dinov2", "hf:dinov2_with_registers"
+_IN_MEMORY = dict(in_memory=True, note="(names in memory)")
+_WITH_GRADIENTS = dict(gradients=True, note="(gradients)")
+
 CASES: list[Case] = [
-    _tiny("hf:vit", "ViTForImageClassification", _vit, _TINY_VIT | _CLASSES, gradients=True),
-    _tiny("hf:vit", "ViTModel", _vit, _TINY_VIT, output=_pooled, in_memory=True, note="(names in memory)"),
-    _tiny("hf:deit", "DeiTForImageClassificationWithTeacher", _deit, _TINY_VIT | _CLASSES, gradients=True),
-    _tiny("hf:deit", "DeiTForImageClassification", _deit, _TINY_VIT | _CLASSES, in_memory=True, note="(names in memory)"),
+    _tiny("hf:vit", "ViTForImageClassification", _vit, _TINY_VIT | _CLASSES),
+    _tiny("hf:vit", "ViTForImageClassification", _vit, _TINY_VIT | _CLASSES, **_WITH_GRADIENTS),
+    _tiny("hf:vit", "ViTModel", _vit, _TINY_VIT, output=_pooled, **_IN_MEMORY),
+    _tiny("hf:deit", "DeiTForImageClassificationWithTeacher", _deit, _TINY_VIT | _CLASSES),
+    _tiny("hf:deit", "DeiTForImageClassification", _deit, _TINY_VIT | _CLASSES, **_IN_MEMORY),
     _tiny("hf:vit_mae", "ViTMAEForPreTraining", _mae, _TINY_VIT | _TINY_DECODER | _UNMASKED, compared="encoded"),
-    _tiny("hf:vit_mae", "ViTMAEModel", _mae, _TINY_VIT | _UNMASKED, compared="encoded", in_memory=True),
+    _tiny("hf:vit_mae", "ViTMAEModel", _mae, _TINY_VIT | _UNMASKED, compared="encoded", **_IN_MEMORY),
     _tiny(_DINO, "Dinov2ForImageClassification", _dino, _TINY | _CLASSES),
     _tiny(_DINO, "Dinov2Model", _dino, _TINY | _SWIGLU, output=_pooled, note="(SwiGLU)"),
-    _tiny(_DINO, "Dinov2Model", _dino, _TINY | _SWIGLU, output=_pooled, in_memory=True, note="(SwiGLU, in memory)"),
-    _tiny(_DINO_REG, "Dinov2WithRegistersForImageClassification", _dino, _TINY | _CLASSES, gradients=True),
-    _tiny(_DINO_REG, "Dinov2WithRegistersModel", _dino, _TINY | _SWIGLU, output=_pooled, in_memory=True, note="(SwiGLU)"),
+    _tiny(_DINO, "Dinov2Model", _dino, _TINY | _SWIGLU, output=_pooled, **_IN_MEMORY),
+    _tiny(_REGISTERS, "Dinov2WithRegistersForImageClassification", _dino, _TINY | _CLASSES),
+    _tiny(_REGISTERS, "Dinov2WithRegistersModel", _dino, _TINY | _SWIGLU, output=_pooled, **_IN_MEMORY),
+    _tiny(_REGISTERS, "Dinov2WithRegistersModel", _dino, _TINY | _SWIGLU, output=_pooled, **_WITH_GRADIENTS),
     _tiny("hf:dinov3_vit", "DINOv3ViTModel", _dinov3, _TINY_VIT | dict(num_register_tokens=4)),
-    _tiny("hf:dinov3_vit", "DINOv3ViTModel", _dinov3, _TINY_VIT | _GATED, in_memory=True, note="(gated)"),
+    _tiny("hf:dinov3_vit", "DINOv3ViTModel", _dinov3, _TINY_VIT | _GATED, **_IN_MEMORY),
     _tiny("hf:siglip", "SiglipVisionModel", _siglip, _TINY_VIT, output=_pooled),
     _tiny("hf:siglip", "SiglipModel", _siglip, _PAIR, output=_features_of_pair),
     _tiny("hf:siglip", "SiglipForImageClassification", _siglip, _PAIR | _CLASSES),
@@ -221,43 +229,80 @@ CASES: list[Case] = [
     _tiny("hf:clip", "CLIPVisionModelWithProjection", _clip, _TINY_VIT | dict(projection_dim=6), output=_projected),
     _tiny("hf:clip", "CLIPModel", _clip, _PAIR | dict(projection_dim=6), output=_features_of_pair),
     _published(
-        "hf:vit", "vit-base-patch16-224", "ViTForImageClassification", _vit,
+        "hf:vit",
+        "vit-base-patch16-224",
+        "ViTForImageClassification",
+        _vit,
         dict(**_BASE, image_size=224, num_labels=1000),
-        processor=_stretch("ViT", 224, 2, _HALF), sizes=((224, 224), (256, 192)),
+        processor=_stretch("ViT", 224, 2, _HALF),
+        sizes=((224, 224), (256, 192)),
     ),
     _published(
-        "hf:deit", "deit-base-distilled-patch16-224", "DeiTForImageClassificationWithTeacher", _deit,
+        "hf:deit",
+        "deit-base-distilled-patch16-224",
+        "DeiTForImageClassificationWithTeacher",
+        _deit,
         dict(**_BASE, image_size=224, num_labels=1000),
-        processor=_crop("DeiT", {"height": 256, "width": 256}, 224, _IMAGENET), sizes=((224, 224), (256, 192)),
+        processor=_crop("DeiT", {"height": 256, "width": 256}, 224, _IMAGENET),
+        sizes=((224, 224), (256, 192)),
     ),
     _published(
-        "hf:vit_mae", "vit-mae-base", "ViTMAEForPreTraining", _mae,
-        dict(**_BASE, image_size=224, **_UNMASKED), compared="encoded",
-        processor=_stretch("ViT", 224, 3, _IMAGENET), sizes=((224, 224), (256, 192)),
+        "hf:vit_mae",
+        "vit-mae-base",
+        "ViTMAEForPreTraining",
+        _mae,
+        dict(**_BASE, image_size=224, **_UNMASKED),
+        compared="encoded",
+        processor=_stretch("ViT", 224, 3, _IMAGENET),
+        sizes=((224, 224), (256, 192)),
     ),
     _published(
-        _DINO, "dinov2-base", "Dinov2Model", _dino,
-        dict(**_BASE, image_size=518, patch_size=14), output=_pooled,
-        processor=_crop("Bit", {"shortest_edge": 256}, 224, _IMAGENET), sizes=((518, 518), (224, 224), (224, 168)),
+        _DINO,
+        "dinov2-base",
+        "Dinov2Model",
+        _dino,
+        dict(**_BASE, image_size=518, patch_size=14),
+        output=_pooled,
+        processor=_crop("Bit", {"shortest_edge": 256}, 224, _IMAGENET),
+        sizes=((518, 518), (224, 224), (224, 168)),
     ),
     _published(
-        _DINO_REG, "dinov2-with-registers-base", "Dinov2WithRegistersModel", _dino,
-        dict(**_BASE, image_size=518, patch_size=14), output=_pooled,
-        processor=_crop("Bit", {"shortest_edge": 256}, 224, _IMAGENET), sizes=((518, 518), (224, 224), (224, 168)),
+        _REGISTERS,
+        "dinov2-with-registers-base",
+        "Dinov2WithRegistersModel",
+        _dino,
+        dict(**_BASE, image_size=518, patch_size=14),
+        output=_pooled,
+        processor=_crop("Bit", {"shortest_edge": 256}, 224, _IMAGENET),
+        sizes=((518, 518), (224, 224), (224, 168)),
     ),
     _published(
-        "hf:dinov3_vit", "dinov3-vits16plus", "DINOv3ViTModel", _dinov3,
+        "hf:dinov3_vit",
+        "dinov3-vits16plus",
+        "DINOv3ViTModel",
+        _dinov3,
         dict(image_size=224, num_register_tokens=4, **_GATED),
-        processor=_stretch("DINOv3ViT", 224, 2, _IMAGENET), sizes=((224, 224), (256, 192)),
+        processor=_stretch("DINOv3ViT", 224, 2, _IMAGENET),
+        sizes=((224, 224), (256, 192)),
     ),
     _published(
-        "hf:siglip", "siglip-base-patch16-224", "SiglipVisionModel", _siglip,
-        dict(**_BASE, image_size=224), output=_pooled,
-        processor=_stretch("Siglip", 224, 3, _HALF), sizes=((224, 224), (256, 192)),
+        "hf:siglip",
+        "siglip-base-patch16-224",
+        "SiglipVisionModel",
+        _siglip,
+        dict(**_BASE, image_size=224),
+        output=_pooled,
+        processor=_stretch("Siglip", 224, 3, _HALF),
+        sizes=((224, 224), (256, 192)),
     ),
     _published(
-        "hf:clip", "clip-vit-base-patch32", "CLIPVisionModelWithProjection", _clip,
-        dict(**_BASE, image_size=224), output=_projected,
-        processor=_crop("CLIP", {"shortest_edge": 224}, 224, _OPENAI), sizes=((224, 224), (256, 192)),
+        "hf:clip",
+        "clip-vit-base-patch32",
+        "CLIPVisionModelWithProjection",
+        _clip,
+        dict(**_BASE, image_size=224),
+        output=_projected,
+        processor=_crop("CLIP", {"shortest_edge": 224}, 224, _OPENAI),
+        sizes=((224, 224), (256, 192)),
     ),
-]  # fmt: skip
+]
