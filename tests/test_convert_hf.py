@@ -200,6 +200,16 @@ def test_preprocessing_survives_the_way_out_and_back(kind):
     assert read_preprocess(Source("x", {}, {}, write_preprocess(preprocess)), 8) == preprocess
 
 
+def test_image_processor_beside_a_tokenizer_counts(tmp_path):
+    path = copy_of("hf_CLIPModel", tmp_path / "a")
+    old = json.loads((path / "preprocessor_config.json").read_text())
+    nested = {"processor_class": "CLIPProcessor", "image_processor": old | {"image_mean": [0.1, 0.2, 0.3]}}
+    (path / "processor_config.json").write_text(json.dumps(nested))
+    assert load_pretrained(path).preprocess.mean == (0.1, 0.2, 0.3)
+    (path / "processor_config.json").write_text(json.dumps({"processor_class": "CLIPProcessor"}))
+    assert load_pretrained(path).preprocess.mean == pytest.approx((0.4815, 0.4578, 0.4082), abs=1e-4)
+
+
 STATISTICS = dict(do_resize=True, do_normalize=True, image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=3)
 
 
@@ -361,6 +371,13 @@ def test_norm_before_or_after_taking_the_class_token_is_one_function(tmp_path):
     first = load_pretrained(GOLDEN / "hf_CLIPVisionModel_gelu")
     assert first.model.norm_after_pool
     save_pretrained(tmp_path / "out", first.model.clone(norm_after_pool=False), first.params, family="hf:clip")
+
+
+def test_projections_have_no_names(tmp_path):
+    first = load_pretrained(GOLDEN / CLIP)
+    names = [f"axis {i}" for i in range(6)]
+    with pytest.raises(ValueError, match="no place for class names"):
+        save_pretrained(tmp_path / "out", first.model, first.params, family="hf:clip", class_names=names)
 
 
 def test_preprocessing_that_no_image_processor_does_is_refused(tmp_path):

@@ -20,6 +20,7 @@ from vit_flax.convert.table import Family
 FAMILIES: dict[str, Family] = {
     "google": GOOGLE,
     "big_vision": BIG_VISION,
+    "vit_flax": VIT_FLAX,
     "hf:vit": HF_VIT,
     "hf:deit": HF_DEIT,
     "hf:vit_mae": HF_VIT_MAE,
@@ -28,7 +29,6 @@ FAMILIES: dict[str, Family] = {
     "hf:dinov3_vit": HF_DINOV3,
     "hf:siglip": HF_SIGLIP,
     "hf:clip": HF_CLIP,
-    "vit_flax": VIT_FLAX,
 }
 # What `save_pretrained(family=...)` tries in order.
 GROUPS: dict[str, tuple[str, ...]] = {

@@ -156,6 +156,8 @@ def _config_siglip(out: Outgoing) -> dict[str, dict[str, Any]]:
 def _config_clip(out: Outgoing) -> dict[str, dict[str, Any]]:
     model = out.model
     require_square(out, "CLIPVisionModel")
+    if out.class_names is not None:
+        raise ValueError("CLIPVisionModelWithProjection has no place for class names")
     config = dict(
         architectures=["CLIPVisionModel" if model.num_classes is None else "CLIPVisionModelWithProjection"],
         model_type="clip_vision_model",
