@@ -149,6 +149,8 @@ def _config_siglip(out: Outgoing) -> dict[str, dict[str, Any]]:
     )
     if model.pool == "map":
         return write_files(out, dict(architectures=["SiglipVisionModel"], **tower))
+    if model.num_classes is None:
+        raise ValueError("SiglipForImageClassification, the class that averages the patches, needs a classifier")
     config = dict(architectures=["SiglipForImageClassification"], model_type="siglip", vision_config=tower)
     return write_files(out, config | write_labels(out))
 

@@ -213,6 +213,8 @@ def _prefix_dinov2(name: str) -> Callable[[ViT], str]:
 
 def _config_vit(out: Outgoing, *, model_type: str, name: str) -> dict[str, dict[str, Any]]:
     model = out.model
+    if model.dist_token != (model_type == "deit"):
+        raise ValueError(f"{name}Model has {'no' if model.dist_token else 'a'} distillation token")
     head = "" if model.representation_size is not None else "ForImageClassification"
     config = dict(
         architectures=[name + (head or "Model") + ("WithTeacher" if head and model.pool == "tok_dist" else "")],
@@ -238,6 +240,8 @@ def _config_mae(out: Outgoing) -> dict[str, dict[str, Any]]:
 def _config_dinov2(out: Outgoing, *, model_type: str, name: str) -> dict[str, dict[str, Any]]:
     model = out.model
     require_square(out, f"{name}Model")
+    if bool(model.registers) != (model_type == "dinov2_with_registers"):
+        raise ValueError(f"{name}Model has {'no ' if model.registers else ''}registers")
     swiglu = model.mlp == "swiglu"
     ratio = next((r for r in range(1, 17) if _dinov2_mlp_dim(model.width, r, swiglu) == model.mlp_dim), None)
     if ratio is None:
