@@ -63,9 +63,9 @@ for case in CASES:
 
 import transformers  # noqa: E402
 
-y, x = np.mgrid[:60, :97]
+y, x = np.mgrid[:60, :98]
 waves = [128 + 100 * np.sin(x / a) * np.cos(y / b) for a, b in ((5, 7), (9, 4), (3, 11))]
-picture = (np.stack(waves, axis=-1) + 27 * rng.random((60, 97, 3))).astype(np.uint8)
+picture = (np.stack(waves, axis=-1) + 27 * rng.random((60, 98, 3))).astype(np.uint8)
 io = {"picture": picture}
 for kind, sizes in {
     "ViT": dict(size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3),
