@@ -68,9 +68,8 @@ def read_config(source: Source, defaults: Config) -> Config:
     config = source.config
     if "vision_config" in config:
         towers = [config["vision_config"] or {}]
-        if old := config.get(
-            "vision_config_dict"
-        ):  # of the first CLIP files; the library lets it win, defaults included
+        # The first CLIP files have a second dictionary, and the library lets it win, with the defaults.
+        if old := config.get("vision_config_dict"):
             towers += [defaults, old]
         return {**defaults, **{k: v for tower in towers for k, v in tower.items()}}
     return {**defaults, **config}
