@@ -110,6 +110,7 @@ def _express(kind: Family, out: Outgoing) -> tuple[dict[str, np.ndarray], dict[s
     try:
         files = kind.config(out)
         tensors, left = engine.write(out.params, kind.rows(out.model))
+        tensors |= kind.extra(out)
         stored = {n: Tensor(n, w.shape, w.dtype, lambda w=w: w) for n, w in tensors.items()}
         source = Source(kind.name, kind.spell(stored), files.get(CONFIG, {}), files.get(PREPROCESSOR, {}))
         if not kind.matches(source):
@@ -135,6 +136,8 @@ def architecture(model: ViT) -> dict[str, Any]:
     values["class_token_position"] = (
         model.class_token_position and model.posemb == "learned" and (model.has_class_token or model.dist_token)
     )
+    # The norm of every token, and then one of them, is the norm of that one.
+    values["norm_after_pool"] = model.norm_after_pool and model.pool not in ("tok", "tok_dist")
     values["head_dim"] = model.head_dim or model.width // model.num_heads
     values["layer_scale"] = model.layer_scale is not None  # the initial value does not outlive training
     if isinstance(model.patch_size, int):

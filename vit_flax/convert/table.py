@@ -95,6 +95,7 @@ class Family:
       describe: reads the specification off a file that matches.
       rows: the table, for a model.
       spell: brings the spellings that occur to the one of the table.
+      extra: tensors that the format demands and our models lack, such as a mask token, by name.
       config: the contents of the files to write beside the weights, by name; None if the family is only read.
       token_positions: whether the class token has a slot in the family's position table; None if both occur.
       suffix: of the file that is written.
@@ -106,6 +107,7 @@ class Family:
     describe: Callable[[Source], Spec]
     rows: Callable[[ViT], list[Row]]
     spell: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict
+    extra: Callable[[Outgoing], dict[str, np.ndarray]] = lambda _: {}
     config: Callable[[Outgoing], dict[str, dict[str, Any]]] | None = None
     token_positions: bool | None = None
     suffix: str = ".safetensors"
