@@ -7,9 +7,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from vit_flax.typing import Array, Float
-
 
 
 def in_float32(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
@@ -31,6 +31,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": in_float32(lambda x: x * nn.sigmoid(1.702 * x)),
     "silu": in_float32(nn.silu),
 }
+
+
+LINEAR_RESULT = "linear"  # by this name, rules of rematerialisation speak of what a linear layer returns
 
 
 class Linear(nn.Module):
@@ -62,7 +65,7 @@ class Linear(nn.Module):
         if self.use_bias:
             bias = self.param("bias", self.bias_init, features, self.param_dtype)
             y += jnp.expand_dims(bias.astype(jnp.float32), range(y.ndim - len(features)))
-        return y.astype(self.dtype)
+        return checkpoint_name(y.astype(self.dtype), LINEAR_RESULT)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
