@@ -14,7 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from vit_flax.convert.families import timm
+from vit_flax.convert.families import timm_table
 from vit_flax.convert.preprocess import IMAGENET, Preprocess
 from vit_flax.convert.source import CONFIG, Source, Tensor
 from vit_flax.convert.table import Family, Spec
@@ -79,8 +79,8 @@ def _describe(
     fields: Mapping[str, Any],
     unused: tuple[str, ...] = (),
 ) -> Spec:
-    seen = timm.fields_of_tensors(source)
-    grid, class_token_position = timm.grid_of_table(source, seen, None)
+    seen = timm_table.fields_of_tensors(source)
+    grid, class_token_position = timm_table.grid_of_table(source, seen, None)
     patch = seen["patch_size"]
     return Spec(
         fields={**seen, "num_heads": _heads(source, heads), "class_token_position": class_token_position, **fields},
@@ -97,25 +97,23 @@ _CROPPED = Preprocess((224, 224), *IMAGENET, crop_fraction=224 / 256, filter="bi
 
 
 def _describe_dinov2(source: Source) -> Spec:
-    gated = timm.fields_of_tensors(source)["mlp"] == "swiglu"
     return _describe(
         source,
         heads={384: 6, 768: 12, 1024: 16, 1536: 24},
         preprocess=_CROPPED,
         posemb_resize="bicubic_antialias" if "reg_token" in source.tensors else "bicubic_offset",
-        fields=dict(activation="silu" if gated else "gelu"),
+        fields={},
         unused=(r"^mask_token$",),
     )
 
 
 def _describe_dinov3(source: Source) -> Spec:
-    gated = timm.fields_of_tensors(source)["mlp"] == "swiglu"
     return _describe(
         source,
         heads={384: 6, 768: 12, 1024: 16, 1280: 20, 4096: 32},
         preprocess=Preprocess((256, 256), *IMAGENET, filter="bilinear"),
         posemb_resize="bicubic_antialias",  # there is no table
-        fields=dict(activation="silu" if gated else "gelu", norm_eps=1e-5, rope=_rope(source)),
+        fields=dict(norm_eps=1e-5, rope=_rope(source)),
         unused=(r"^mask_token$", rf"^{re.escape(_PERIODS)}$", r"^local_cls_norm\."),
     )
 
@@ -178,14 +176,14 @@ def _is_mae(source: Source) -> bool:
     """The pre-trained file with its decoder; without it the names are those of any timm model."""
     if "blocks.0.ls1.gamma" in source.tensors or "reg_token" in source.tensors:
         return False
-    return _has(source, "pos_embed") and ("decoder_embed.weight" in source.tensors or timm.is_bare(source))
+    return _has(source, "pos_embed") and ("decoder_embed.weight" in source.tensors or timm_table.is_bare(source))
 
 
 def _is_deit3(source: Source) -> bool:
     return _has(source, "pos_embed", "blocks.0.gamma_1")
 
 
-_family = partial(Family, rows=timm.rows, spell=_spell)
+_family = partial(Family, rows=timm_table.rows, spell=_spell)
 META_DINOV2 = _family(
     name="meta_dinov2",
     about="facebookresearch/dinov2, with and without registers, also the gated giant",

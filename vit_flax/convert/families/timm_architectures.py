@@ -12,15 +12,14 @@ Facts = dict[str, Any]
 
 # Fields of `ViT`, and the names of the resize methods.
 DEFAULTS: Facts = dict(
-    norm_eps=1e-6, activation="gelu", pool="tok", rope=None, posemb_resize="bicubic_antialias",
-    patch_resize="bicubic_antialias",
+    norm_eps=1e-6, pool="tok", rope=None, posemb_resize="bicubic_antialias", patch_resize="bicubic_antialias",
 )  # fmt: skip
 WORDS: dict[str, Facts] = {
     "vit": {},
     "deit": {},
     "deit3": {},
     "eva": dict(pool="gap"),
-    "eva02": dict(pool="gap", rope="eva", activation="silu"),
+    "eva02": dict(pool="gap", rope="eva"),
     "flexivit": dict(posemb_resize="bilinear", patch_resize="bilinear"),
     "test": {},
     # Sizes. The number of heads is what a file of weights does not show.
@@ -65,16 +64,14 @@ _SHAPES = re.compile(r"patch\d+|reg\d+|\d{3}")  # words that the tensors say the
 SPECIAL: dict[str, Facts] = {
     r"vit_base_patch16_gap_224": dict(num_heads=16),
     r"vit_base_patch\d+_plus_.*": dict(width=896, num_heads=14),
-    r"vit_giant_patch14_(reg\d_)?(dinov2|tipsv2)": dict(width=1536, num_heads=24, activation="silu"),
-    r"vit_giant_patch16_lingbot": dict(width=1536, num_heads=24, activation="silu"),
-    r"vit_(small|huge)_plus_patch16_dinov3(_qkvb)?|vit_7b_patch16_dinov3": dict(activation="silu"),
+    r"vit_giant_patch14_(reg\d_)?(dinov2|tipsv2)": dict(width=1536, num_heads=24),
+    r"vit_giant_patch16_lingbot": dict(width=1536, num_heads=24),
     r"vit_huge_plus_patch16_dinov3(_qkvb)?": dict(num_heads=20),
     r"vit_base_patch32_siglip_.*": dict(activation="gelu_tanh"),
     r"vit_large_patch16_siglip_(gap_)?512": dict(activation="gelu_tanh"),
     r"vit_so400m_patch16_siglip_.*": dict(activation="gelu_tanh"),
     r"vit_giantopt_patch16_siglip_.*": dict(activation="gelu_tanh"),
-    r"eva_large_patch14_\d+": {},
-    r"eva_giant_patch14_clip_224": dict(pool="tok"),
+    r"eva_giant_patch14_clip_224": dict(norm_eps=1e-6, pool="tok"),
     r"test_vit": dict(width=64, num_heads=2),
     r"test_vit2": dict(width=64, num_heads=2, pool="gap"),
 }
@@ -90,6 +87,22 @@ REFUSED: dict[str, str] = {
     r"vit_.*_rope_(mixed_)?(ape_)?224|vit_pe_core_.*": "its rotations are of another kind than DINOv3's and EVA-02's",
     r"test_vit3": "it pools over the registers as well",
 }
+
+
+# timm's arguments for the rotations that we have.
+ROPES: dict[str | None, dict[str, Any]] = {
+    None: dict(use_rot_pos_emb=False),
+    "dinov3": dict(
+        use_rot_pos_emb=True, rope_type="dinov3", rope_temperature=100.0, rope_rotate_half=True,
+        rope_grid_indexing="ij", rope_grid_offset=0.0, ref_feat_shape=None,
+    ),
+    "eva": dict(
+        use_rot_pos_emb=True, rope_type="cat", rope_temperature=10000.0, rope_rotate_half=False,
+        rope_grid_indexing="ij", rope_grid_offset=0.0, ref_feat_shape=[16, 16],
+    ),
+}  # fmt: skip
+POOLS = {"token": "tok", "avg": "gap", "map": "map", "": "none"}
+ACTIVATIONS = {name: name for name in ("gelu", "gelu_tanh", "quick_gelu", "silu")}
 
 
 def facts_of(architecture: str) -> Facts:

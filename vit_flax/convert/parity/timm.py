@@ -37,7 +37,7 @@ def build_written(fields: dict[str, Any], image_size: Grid, seed: int) -> Refere
       image_size: rows and columns in pixels.
       seed: of the weights.
     """
-    tiny = dict(num_classes=5, patch_size=4, width=32, depth=2, mlp_dim=64, num_heads=4)
+    tiny = dict(num_classes=5, patch_size=4, width=24, depth=2, mlp_dim=48, num_heads=3)
     model = ViT(**{**tiny, **fields})
     image = jax.ShapeDtypeStruct((1, *image_size, 3), np.float32)
     shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False)["params"], image)
@@ -126,7 +126,7 @@ def import_timm() -> Any:
 
 
 def _tiny(architecture: str, image_sizes: tuple[Grid, ...] = ((16, 24), (24, 16)), **arguments: Any) -> Case:
-    tiny = dict(embed_dim=32, depth=2, num_heads=4, mlp_ratio=2, patch_size=4, img_size=image_sizes[0], num_classes=5)
+    tiny = dict(embed_dim=24, depth=2, num_heads=3, mlp_ratio=2, patch_size=4, img_size=image_sizes[0], num_classes=5)
     name = ", ".join([architecture, *(f"{key}={value}" for key, value in arguments.items())])
     return Case("timm", name, "timm", partial(build, architecture, {**tiny, **arguments}), image_sizes)
 
@@ -167,9 +167,9 @@ CASES: list[Case] = [
     _written("distillation token", pool="tok_dist", dist_token=True, class_token_position=False),
     _written("MAP and CLIP's norm", pool="map", pre_norm=True, patch_bias=False, norm_eps=1e-5),
     _written("every token by itself", pool="none", qk_norm=True, qkv_bias="", mlp_norm=True),
-    _written("gated", mlp="swiglu", activation="silu", norm_after_pool=True, pool="gap", mlp_dim=56),
+    _written("gated", mlp="swiglu", activation="silu", norm_after_pool=True, pool="gap", mlp_dim=40),
     _written("rotated as DINOv3, all biases", rope="dinov3", posemb="none", registers=4, norm_eps=1e-5),
-    _written("rotated as EVA-02, gated", rope="eva", mlp="swiglu", activation="silu", mlp_norm=True, mlp_dim=85),
+    _written("rotated as EVA-02, gated", rope="eva", mlp="swiglu", activation="silu", mlp_norm=True, mlp_dim=53),
     _written("no positions, patches of 4 x 8", posemb="none", pool="gap", patch_size=(4, 8)),
     _full("vit_small_patch16_224", 224),
     _full("deit_small_distilled_patch16_224", 224),

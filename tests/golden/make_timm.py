@@ -1,0 +1,140 @@
+"""Makes timm_*: `python tests/golden/make_timm.py` from the root, where timm 1.0.31, torch and this package's own
+dependencies are installed.
+
+timm_NAME/            config.json and model.safetensors of a tiny case of `vit_flax.convert.parity.timm`, as timm (or, for
+                      "ours to timm", we) wrote them; written.json: config.json as we write it for the same model
+timm_NAME.io.npz      "image:HxW" and what timm computes of it, "output:HxW", for every image size of the case
+timm_adapted.npz      outputs of the first case opened with other channels and with other patches
+timm_architectures.json   of every architecture: the facts that timm's files leave out, or null where we have no such model
+
+Everything written here was opened by timm first, which computed the same from it (also with another number of classes).
+"""
+
+import json
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+
+from vit_flax.convert import load_pretrained, save_pretrained
+from vit_flax.convert.parity.timm import CASES, import_timm
+
+HERE = Path(__file__).parent
+TOLERANCE = 1e-5
+timm = import_timm()
+
+
+def main() -> None:
+    jax.config.update("jax_platforms", "cpu")
+    tiny = [case for case in CASES if not case.full_size]
+    for case in tiny:
+        make(case, HERE / ("timm_" + re.sub(r"\W+", "_", case.name)))
+    make_adapted(HERE / "timm_vit_base_patch16_224")
+    architectures = {name: facts(name) for module in MODULES for name in timm.list_models(module=module)}
+    lines = (f"  {json.dumps(name)}: {json.dumps(found)}" for name, found in sorted(architectures.items()))
+    (HERE / "timm_architectures.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def make(case: Any, folder: Path) -> None:
+    reference = case.build(0)
+    folder.mkdir(exist_ok=True)
+    reference.write(folder)
+    rng = np.random.default_rng(1)
+    io = {}
+    for h, w in case.image_sizes:
+        io[f"image:{h}x{w}"] = image = rng.standard_normal((1, h, w, 3), np.float32)
+        io[f"output:{h}x{w}"] = reference.apply(image)
+    np.savez_compressed(f"{folder}.io.npz", **io)
+
+    loaded = load_pretrained(folder)
+    h, w = case.image_sizes[0]
+    with tempfile.TemporaryDirectory() as scratch:
+        written = save_pretrained(
+            Path(scratch) / "out", loaded.model, loaded.params, family="timm", preprocess=loaded.preprocess
+        )
+        opened = timm.create_model(f"local-dir:{written}", pretrained=True).eval()
+        other_head = timm.create_model(f"local-dir:{written}", pretrained=True, num_classes=7).eval()
+        (folder / "written.json").write_bytes((written / "config.json").read_bytes())
+    image = torch.from_numpy(io[f"image:{h}x{w}"].transpose(0, 3, 1, 2).copy())
+    with torch.no_grad():
+        difference = np.abs(opened(image).numpy() - io[f"output:{h}x{w}"]).max()
+        features = [model.forward_features(image) for model in (opened, other_head)]
+        assert difference < TOLERANCE and torch.equal(*features), folder.name
+        assert other_head(image).shape[-1] == 7
+    print(f"{folder.name}: timm opens what we write, {difference:.1e}")
+
+
+def make_adapted(folder: Path) -> None:
+    out = {}
+    rng = np.random.default_rng(2)
+    for key, size, arguments in (
+        ("channels:1", (16, 24), dict(in_chans=1)),
+        ("channels:4", (16, 24), dict(in_chans=4)),
+        ("patch:6", (24, 36), dict(patch_size=6, img_size=(24, 36))),
+        ("patch:2", (12, 8), dict(patch_size=2, img_size=(12, 8))),
+    ):
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True, **arguments).eval()
+        image = rng.standard_normal((1, *size, arguments.get("in_chans", 3)), np.float32)
+        with torch.no_grad():
+            output = model(torch.from_numpy(image.transpose(0, 3, 1, 2).copy())).numpy()
+        out |= {f"image:{key}": image, f"output:{key}": output}
+    np.savez_compressed(HERE / "timm_adapted.npz", **out)
+
+
+MODULES = ("vision_transformer", "deit", "eva")
+BLOCKS = ("Block", "EvaBlock")
+ATTENTIONS = ("Attention", "EvaAttention", "AttentionRope")
+ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu"}
+POOLS = {"token": "tok", "avg": "gap", "map": "map"}
+
+
+def facts(name: str) -> dict[str, Any] | None:
+    """What a built model says about itself."""
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=3)
+    block = model.blocks[0]
+    kind = lambda module: type(module).__name__  # noqa: E731
+    norms = {(kind(m), m.eps) for m in model.modules() if "Norm" in kind(m) and hasattr(m, "eps")}
+    rope = rope_kind(model)
+    ours = (
+        kind(block) in BLOCKS
+        and kind(block.attn) in ATTENTIONS
+        and kind(block.attn.norm) == "Identity"
+        and {norm for norm, _ in norms} == {"LayerNorm"}
+        and len(norms) == 1
+        and rope != "other"
+        and (kind(model.norm), kind(model.fc_norm)).count("Identity") == 1
+        and not (getattr(model, "pool_include_prefix", False) and model.num_prefix_tokens)
+        and getattr(block.attn, "num_kv_heads", block.attn.num_heads) == block.attn.num_heads
+    )
+    if not ours:
+        return None
+    return dict(
+        width=model.embed_dim,
+        num_heads=block.attn.num_heads,
+        norm_eps=norms.pop()[1],
+        activation=ACTIVATIONS[kind(block.mlp.act)],
+        pool=POOLS[model.global_pool],
+        rope=rope,
+        gated=kind(block.mlp) in ("GluMlp", "SwiGLU"),
+    )
+
+
+def rope_kind(model: Any) -> str | None:
+    rope = getattr(model, "rope", None)
+    if rope is None:
+        return None
+    seen = (type(rope).__name__, rope.temperature, rope.grid_indexing, getattr(rope, "grid_offset", None))
+    if seen == ("RotaryEmbeddingDinoV3", 100.0, "ij", 0.0) and rope.rotate_half:
+        return "dinov3"
+    if seen == ("RotaryEmbeddingCat", 10000.0, "ij", 0.0) and rope.ref_feat_shape == (16, 16) and not rope.rotate_half:
+        return "eva"
+    return "other"
+
+
+if __name__ == "__main__":
+    main()
