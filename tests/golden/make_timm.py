@@ -1,13 +1,14 @@
-"""Makes timm_*: `python tests/golden/make_timm.py` from the root, where timm 1.0.31, torch and this package's own
-dependencies are installed.
+"""Makes timm_* and meta_*: `PYTHONPATH=. python tests/golden/make_timm.py`, where timm 1.0.31 and torch are installed
+beside the dependencies of this package.
 
-timm_NAME/            config.json and model.safetensors of a tiny case of `vit_flax.convert.parity.timm`, as timm (or, for
-                      "ours to timm", we) wrote them; written.json: config.json as we write it for the same model
-timm_NAME.io.npz      "image:HxW" and what timm computes of it, "output:HxW", for every image size of the case
-timm_adapted.npz      outputs of the first case opened with other channels and with other patches
-timm_architectures.json   of every architecture: the facts that timm's files leave out, or null where we have no such model
+timm_NAME/, meta_NAME/    a tiny checkpoint of `vit_flax.convert.parity.timm` or `.meta`, which say how Meta's are made;
+                          written.json is the config.json that we write for the same model
+timm_NAME.io.npz          "image:HxW" and what timm computes of it, "output:HxW", for every image size of the case
+timm_adapted.npz          outputs of the first case opened with other channels and with other patches
+timm_architectures.json   of every architecture, the facts that timm's files leave out; null where we have no such model
 
-Everything written here was opened by timm first, which computed the same from it (also with another number of classes).
+A written.json is kept only after timm has opened the folder that it belongs to and computed the same, and has opened it
+with another number of classes.
 """
 
 import json
@@ -21,25 +22,31 @@ import numpy as np
 import torch
 
 from vit_flax.convert import load_pretrained, save_pretrained
-from vit_flax.convert.parity.timm import CASES, import_timm
+from vit_flax.convert.parity import meta
+from vit_flax.convert.parity import timm as ours
 
 HERE = Path(__file__).parent
 TOLERANCE = 1e-5
-timm = import_timm()
+timm = ours.import_timm()
 
 
 def main() -> None:
     jax.config.update("jax_platforms", "cpu")
-    tiny = [case for case in CASES if not case.full_size]
-    for case in tiny:
-        make(case, HERE / ("timm_" + re.sub(r"\W+", "_", case.name)))
+    for prefix, cases in (("timm", ours.CASES), ("meta", meta.CASES)):
+        for case in cases:
+            if not case.full_size:
+                folder = HERE / re.sub(r"\W+", "_", f"{prefix}_{case.name}").lower()
+                io = make(case, folder)
+                if prefix == "timm":
+                    prove_written(folder, *io[:2])
     make_adapted(HERE / "timm_vit_base_patch16_224")
     architectures = {name: facts(name) for module in MODULES for name in timm.list_models(module=module)}
     lines = (f"  {json.dumps(name)}: {json.dumps(found)}" for name, found in sorted(architectures.items()))
     (HERE / "timm_architectures.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def make(case: Any, folder: Path) -> None:
+def make(case: Any, folder: Path) -> list[np.ndarray]:
+    """The checkpoint, and the file of images and outputs, whose arrays come back in order."""
     reference = case.build(0)
     folder.mkdir(exist_ok=True)
     reference.write(folder)
@@ -49,22 +56,27 @@ def make(case: Any, folder: Path) -> None:
         io[f"image:{h}x{w}"] = image = rng.standard_normal((1, h, w, 3), np.float32)
         io[f"output:{h}x{w}"] = reference.apply(image)
     np.savez_compressed(f"{folder}.io.npz", **io)
+    return list(io.values())
 
+
+def prove_written(folder: Path, image: np.ndarray, output: np.ndarray) -> None:
+    """Has timm open what we write for a checkpoint."""
     loaded = load_pretrained(folder)
-    h, w = case.image_sizes[0]
     with tempfile.TemporaryDirectory() as scratch:
         written = save_pretrained(
             Path(scratch) / "out", loaded.model, loaded.params, family="timm", preprocess=loaded.preprocess
         )
-        opened = timm.create_model(f"local-dir:{written}", pretrained=True).eval()
-        other_head = timm.create_model(f"local-dir:{written}", pretrained=True, num_classes=7).eval()
+        opened, other_head = (
+            timm.create_model(f"local-dir:{written}", pretrained=True, **arguments).eval()
+            for arguments in ({}, {"num_classes": 7})
+        )
         (folder / "written.json").write_bytes((written / "config.json").read_bytes())
-    image = torch.from_numpy(io[f"image:{h}x{w}"].transpose(0, 3, 1, 2).copy())
+    batch = torch.from_numpy(image.transpose(0, 3, 1, 2).copy())
     with torch.no_grad():
-        difference = np.abs(opened(image).numpy() - io[f"output:{h}x{w}"]).max()
-        features = [model.forward_features(image) for model in (opened, other_head)]
-        assert difference < TOLERANCE and torch.equal(*features), folder.name
-        assert other_head(image).shape[-1] == 7
+        difference = np.abs(opened(batch).numpy() - output).max()
+        assert difference < TOLERANCE, folder.name
+        assert torch.equal(opened.forward_features(batch), other_head.forward_features(batch))
+        assert other_head(batch).shape[-1] == 7
     print(f"{folder.name}: timm opens what we write, {difference:.1e}")
 
 
