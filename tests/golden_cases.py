@@ -1,5 +1,6 @@
 """Reads the golden files: tiny checkpoints, images, and what the reference computed of them."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import numpy as np
 
 from vit_flax.convert import Pretrained
 from vit_flax.convert.source import read_safetensors
+from vit_flax.models import ViT
+from vit_flax.models.vit import patchify
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = 1e-5  # of float32 outputs of size 1
@@ -29,10 +32,16 @@ def expected(name: str) -> dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]:
 
 
 def output(pretrained: Pretrained, image: np.ndarray) -> np.ndarray:
-    """What our model computes, in full precision."""
-    run = jax.jit(lambda params, image: pretrained.model.apply({"params": params}, image, train=False)[0])
+    """What our model computes, in full precision; one program for all image sizes with as many patches."""
+    model = pretrained.model
+    patches, grid = patchify(jax.numpy.asarray(image), model.patch_size)
     with jax.default_matmul_precision("highest"):
-        return np.asarray(run(pretrained.params, image))
+        return np.asarray(_run(model, pretrained.params, patches, grid if model.rope else None))
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def _run(model: ViT, params: Any, patches: jax.Array, grid: Any) -> jax.Array:
+    return model.apply({"params": params}, patches, train=False, grid=grid)[0]  # pyright: ignore[reportReturnType]
 
 
 def tensors(folder: Path) -> dict[str, np.ndarray]:

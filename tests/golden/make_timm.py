@@ -5,6 +5,7 @@ timm_NAME/, meta_NAME/    a tiny checkpoint of `vit_flax.convert.parity.timm` or
                           written.json is the config.json that we write for the same model
 timm_NAME.io.npz          "image:HxW" and what timm computes of it, "output:HxW", for every image size of the case
 timm_adapted.npz          outputs of the first case opened with other channels and with other patches
+timm_preprocess.npz       a picture and what timm's transforms for evaluation make of it, by the JSON of their arguments
 timm_architectures.json   of every architecture, the facts that timm's files leave out; null where we have no such model
 
 A written.json is kept only after timm has opened the folder that it belongs to and computed the same, and has opened it
@@ -20,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 import torch
+from PIL import Image
 
 from vit_flax.convert import load_pretrained, save_pretrained
 from vit_flax.convert.parity import meta
@@ -40,6 +42,7 @@ def main() -> None:
                 if prefix == "timm":
                     prove_written(folder, *io[:2])
     make_adapted(HERE / "timm_vit_base_patch16_224")
+    make_preprocessed()
     architectures = {name: facts(name) for module in MODULES for name in timm.list_models(module=module)}
     lines = (f"  {json.dumps(name)}: {json.dumps(found)}" for name, found in sorted(architectures.items()))
     (HERE / "timm_architectures.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
@@ -97,6 +100,26 @@ def make_adapted(folder: Path) -> None:
     np.savez_compressed(HERE / "timm_adapted.npz", **out)
 
 
+def make_preprocessed() -> None:
+    rng = np.random.default_rng(3)
+    coarse = rng.integers(0, 256, (6, 8, 3), np.uint8)
+    picture = np.asarray(Image.fromarray(coarse).resize((80, 60), Image.Resampling.BICUBIC))
+    out = {"picture": picture}
+    for crop_pct, crop_mode, interpolation in (
+        (0.9, "center", "bicubic"),
+        (0.875, "center", "bilinear"),
+        (1.0, "squash", "bicubic"),
+        (0.95, "squash", "bicubic"),
+    ):
+        card = dict(
+            mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], crop_pct=crop_pct, crop_mode=crop_mode,
+            interpolation=interpolation,
+        )  # fmt: skip
+        transform = timm.data.create_transform((3, 40, 40), is_training=False, **card)
+        out[json.dumps(card)] = transform(Image.fromarray(picture)).numpy().transpose(1, 2, 0)
+    np.savez_compressed(HERE / "timm_preprocess.npz", **out)
+
+
 MODULES = ("vision_transformer", "deit", "eva")
 BLOCKS = ("Block", "EvaBlock")
 ATTENTIONS = ("Attention", "EvaAttention", "AttentionRope")
@@ -125,7 +148,10 @@ def facts(name: str) -> dict[str, Any] | None:
     )
     if not ours:
         return None
-    return dict(
+    slots = 0 if model.pos_embed is None else model.pos_embed.shape[1] - model.patch_embed.num_patches
+    if slots > 0 and model.reg_token is not None:
+        return None
+    found = dict(
         width=model.embed_dim,
         num_heads=block.attn.num_heads,
         norm_eps=norms.pop()[1],
@@ -134,6 +160,9 @@ def facts(name: str) -> dict[str, Any] | None:
         rope=rope,
         gated=kind(block.mlp) in ("GluMlp", "SwiGLU"),
     )
+    if model.cls_token is not None and model.pos_embed is not None:
+        found["class_token_position"] = slots > 0
+    return found
 
 
 def rope_kind(model: Any) -> str | None:

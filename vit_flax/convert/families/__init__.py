@@ -14,10 +14,10 @@ FAMILIES: dict[str, Family] = {
     "google": GOOGLE,
     "big_vision": BIG_VISION,
     "timm": TIMM,
-    "meta_dinov2": META_DINOV2,
-    "meta_dinov3": META_DINOV3,
-    "meta_mae": META_MAE,
-    "meta_deit3": META_DEIT3,
+    "meta:dinov2": META_DINOV2,
+    "meta:dinov3": META_DINOV3,
+    "meta:mae": META_MAE,
+    "meta:deit3": META_DEIT3,
     "vit_flax": VIT_FLAX,
 }
 # What `save_pretrained(family=...)` tries in order.
@@ -43,8 +43,8 @@ def find_family(source: Source, name: str | None) -> tuple[Family, Source]:
 
     Raises: ValueError: unknown name, a file of no family or of several, or a file that is not of the family named.
     """
-    if name is not None and ":" in name:
-        name, architecture = name.split(":", 1)
+    if name is not None and name not in FAMILIES and name.partition(":")[0] in FAMILIES:
+        name, _, architecture = name.partition(":")
         source = replace(source, config={**source.config, "architecture": architecture})
     if name is not None and name not in FAMILIES:
         raise ValueError(f"Unknown family {name!r}: expected one of {', '.join(FAMILIES)}.")

@@ -79,11 +79,10 @@ def _describe(
     fields: Mapping[str, Any],
     unused: tuple[str, ...] = (),
 ) -> Spec:
-    seen = timm_table.fields_of_tensors(source)
-    grid, class_token_position = timm_table.grid_of_table(source, seen, None)
-    patch = seen["patch_size"]
+    fields = {**timm_table.fields_of_tensors(source), "num_heads": _heads(source, heads), **fields}
+    grid, patch = timm_table.grid_of_table(source, fields, None), fields["patch_size"]
     return Spec(
-        fields={**seen, "num_heads": _heads(source, heads), "class_token_position": class_token_position, **fields},
+        fields=fields,
         channels=source.shape("patch_embed.proj.weight")[1],
         grid=grid,
         posemb_resize=posemb_resize,
@@ -102,7 +101,7 @@ def _describe_dinov2(source: Source) -> Spec:
         heads={384: 6, 768: 12, 1024: 16, 1536: 24},
         preprocess=_CROPPED,
         posemb_resize="bicubic_antialias" if "reg_token" in source.tensors else "bicubic_offset",
-        fields={},
+        fields=dict(class_token_position=True),
         unused=(r"^mask_token$",),
     )
 
@@ -113,7 +112,7 @@ def _describe_dinov3(source: Source) -> Spec:
         heads={384: 6, 768: 12, 1024: 16, 1280: 20, 4096: 32},
         preprocess=Preprocess((256, 256), *IMAGENET, filter="bilinear"),
         posemb_resize="bicubic_antialias",  # there is no table
-        fields=dict(norm_eps=1e-5, rope=_rope(source)),
+        fields=dict(class_token_position=False, norm_eps=1e-5, rope=_rope(source)),
         unused=(r"^mask_token$", rf"^{re.escape(_PERIODS)}$", r"^local_cls_norm\."),
     )
 
@@ -143,7 +142,7 @@ def _describe_mae(source: Source) -> Spec:
         heads={768: 12, 1024: 16, 1280: 16},
         preprocess=_CROPPED,
         posemb_resize="bicubic",
-        fields=dict(pool="gap" if "fc_norm.weight" in source.tensors else "tok"),
+        fields=dict(class_token_position=True, pool="gap" if "fc_norm.weight" in source.tensors else "tok"),
         unused=(r"^mask_token$", r"^decoder_"),
     )
 
@@ -154,7 +153,7 @@ def _describe_deit3(source: Source) -> Spec:
         heads={384: 6, 512: 8, 768: 12, 1024: 16, 1280: 16},
         preprocess=replace(_CROPPED, crop_fraction=1.0),
         posemb_resize="bicubic",
-        fields={},
+        fields=dict(class_token_position=False),
     )
 
 
@@ -185,25 +184,25 @@ def _is_deit3(source: Source) -> bool:
 
 _family = partial(Family, rows=timm_table.rows, spell=_spell)
 META_DINOV2 = _family(
-    name="meta_dinov2",
+    name="meta:dinov2",
     about="facebookresearch/dinov2, with and without registers, also the gated giant",
     matches=_is_dinov2,
     describe=_describe_dinov2,
 )
 META_DINOV3 = _family(
-    name="meta_dinov3",
+    name="meta:dinov3",
     about="facebookresearch/dinov3, plain and gated",
     matches=_is_dinov3,
     describe=_describe_dinov3,
 )
 META_MAE = _family(
-    name="meta_mae",
+    name="meta:mae",
     about="facebookresearch/mae: pre-trained, with or without its decoder, or fine-tuned",
     matches=_is_mae,
     describe=_describe_mae,
 )
 META_DEIT3 = _family(
-    name="meta_deit3",
+    name="meta:deit3",
     about="facebookresearch/deit, DeiT III",
     matches=_is_deit3,
     describe=_describe_deit3,

@@ -4,6 +4,7 @@ In: everything out of timm's vision_transformer.py, deit.py and eva.py that this
 `timm_architectures.py` knows it. Out: `timm_out.py`. The tensors of both: `timm_table.py`.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -26,7 +27,7 @@ _ARGUMENTS = dict(
 )  # fmt: skip
 # Arguments that the tensors show, that matter in training only, or that are read elsewhere here.
 _SILENT = re.compile(
-    r"img_size|in_chans|mlp_ratio|qkv_bias|qkv_fused|attn_type|swiglu_.*|init_values|no_embed_class|pos_embed|"
+    r"img_size|in_chans|mlp_ratio|qkv_bias|qkv_fused|attn_type|swiglu_.*|init_values|pos_embed|"
     r"use_abs_pos_emb|use_post_transformer_norm|final_norm|dynamic_.*|strict_img_size|weight_init|fix_init|"
     r"head_init_scale|.*drop.*|rope_(shift|jitter|rescale)_coords"
 )
@@ -45,14 +46,13 @@ def _describe(source: Source) -> Spec:
     resize = {name: fields.pop(name) for name in ("posemb_resize", "patch_resize")}
     if seen["dist_token"]:
         fields["pool"] = "tok_dist"
-    image_size = _image_size(arguments, card)
+    image_size = _image_size(arguments, card, _pair(fields["patch_size"]))
     patch = _pair(fields["patch_size"])
-    stated = (image_size[0] // patch[0], image_size[1] // patch[1]) if image_size else None
-    grid, fields["class_token_position"] = timm_table.grid_of_table(source, seen, stated)
+    grid = (image_size[0] // patch[0], image_size[1] // patch[1]) if image_size else None
     return Spec(
         fields=fields,
         channels=arguments["in_chans"] if "in_chans" in arguments else source.shape("patch_embed.proj.weight")[1],
-        grid=grid,
+        grid=timm_table.grid_of_table(source, fields, grid),
         preprocess=_preprocess(card, image_size),
         class_names=_class_names(source, card, fields["num_classes"]),
         **resize,
@@ -75,7 +75,9 @@ def _stated(source: Source, arguments: dict[str, Any], card: dict[str, Any], fac
     fields = {"num_classes": card["num_classes"]} if "num_classes" in card else {}
     rope = dict(ROPES[facts["rope"]])
     for name, value in arguments.items():
-        if name in _ARGUMENTS and value is not None:
+        if name == "no_embed_class" and value is not None:
+            fields["class_token_position"] = not value
+        elif name in _ARGUMENTS and value is not None:
             fields[_ARGUMENTS[name]] = tuple(value) if isinstance(value, list) else value
         elif name == "global_pool" and value in POOLS:
             fields["pool"] = POOLS[value]
@@ -104,10 +106,12 @@ def _rope(source: Source, arguments: dict[str, Any]) -> str | None:
     raise ValueError(f"{source.path}: {CONFIG} describes rotations of a kind that we do not have: {arguments}.")
 
 
-def _image_size(arguments: dict[str, Any], card: dict[str, Any]) -> Grid | None:
-    if arguments.get("img_size"):
-        return _pair(arguments["img_size"])
-    return _pair(card["input_size"][1:]) if "input_size" in card else None
+def _image_size(arguments: dict[str, Any], card: dict[str, Any], patch: Grid) -> Grid | None:
+    """Without the pixels of a last patch that does not fit: the convolution passes over them."""
+    if "img_size" not in arguments and "input_size" not in card:
+        return None
+    rows, columns = _pair(arguments["img_size"] if arguments.get("img_size") else card["input_size"][1:])
+    return rows // patch[0] * patch[0], columns // patch[1] * patch[1]
 
 
 def _pair(size: Any) -> Grid:
@@ -115,18 +119,21 @@ def _pair(size: Any) -> Grid:
 
 
 def _preprocess(card: dict[str, Any], image_size: Grid | None) -> Preprocess | None:
-    """None too for what `Preprocess` cannot say: borders around the picture, and a crop out of a stretched one."""
+    """None where timm's evaluation does what `Preprocess` cannot say, such as borders around the picture."""
     needed = ("mean", "std", "crop_pct", "interpolation")
-    if image_size is None or not all(key in card for key in needed) or card["interpolation"] not in _FILTERS:
+    if image_size is None or not all(key in card for key in needed):
         return None
-    stretch = card.get("crop_mode") == "squash"
-    if card.get("crop_mode") not in (None, "center", "squash") or (stretch and card["crop_pct"] != 1):
+    mode = card.get("crop_mode") or "center"
+    if card["interpolation"] not in _FILTERS or mode not in ("center", "squash"):
         return None
+    stretch = mode == "squash" and card["crop_pct"] == 1
     return Preprocess(
         image_size=image_size,
         mean=tuple(card["mean"]),
         std=tuple(card["std"]),
-        crop_fraction=None if stretch else card["crop_pct"],
+        # timm rounds the resized side down: 248 for 224 and 0.9.
+        crop_fraction=None if stretch else image_size[0] / math.floor(image_size[0] / card["crop_pct"]),
+        keep_aspect=mode == "center" or stretch,
         filter=card["interpolation"],
     )
 
@@ -161,7 +168,6 @@ TIMM = Family(
     matches=_matches,
     describe=_describe,
     rows=timm_table.rows,
-    spell=timm_table.spell,
     config=config,
     token_positions=_token_positions,
 )

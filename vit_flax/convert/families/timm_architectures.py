@@ -12,15 +12,16 @@ Facts = dict[str, Any]
 
 # Fields of `ViT`, and the names of the resize methods.
 DEFAULTS: Facts = dict(
-    norm_eps=1e-6, pool="tok", rope=None, posemb_resize="bicubic_antialias", patch_resize="bicubic_antialias",
+    norm_eps=1e-6, pool="tok", rope=None, class_token_position=True,
+    posemb_resize="bicubic_antialias", patch_resize="bicubic_antialias",
 )  # fmt: skip
 WORDS: dict[str, Facts] = {
     "vit": {},
     "deit": {},
-    "deit3": {},
+    "deit3": dict(class_token_position=False),
     "eva": dict(pool="gap"),
     "eva02": dict(pool="gap", rope="eva"),
-    "flexivit": dict(posemb_resize="bilinear", patch_resize="bilinear"),
+    "flexivit": dict(class_token_position=False, posemb_resize="bilinear", patch_resize="bilinear"),
     "test": {},
     # Sizes. The number of heads is what a file of weights does not show.
     "tiny": dict(width=192, num_heads=3),
@@ -32,8 +33,6 @@ WORDS: dict[str, Facts] = {
     "mediumd": dict(width=512, num_heads=8),
     "betwixt": dict(width=640, num_heads=10),
     "base": dict(width=768, num_heads=12),
-    "so150m": dict(width=896, num_heads=14),
-    "so150m2": dict(width=832, num_heads=13),
     "so400m": dict(width=1152, num_heads=16),
     "large": dict(width=1024, num_heads=16),
     "huge": dict(width=1280, num_heads=16),
@@ -44,7 +43,7 @@ WORDS: dict[str, Facts] = {
     # Kinds.
     "distilled": {},
     "dinov2": {},
-    "tipsv2": {},
+    "tipsv2": dict(class_token_position=False),
     "miil": {},
     "36x1": {},
     "clip": dict(norm_eps=1e-5),
@@ -62,6 +61,7 @@ _SHAPES = re.compile(r"patch\d+|reg\d+|\d{3}")  # words that the tensors say the
 
 # What the words do not say, by pattern of the whole name.
 SPECIAL: dict[str, Facts] = {
+    r"vit_.*_reg4_dinov2": dict(class_token_position=False),
     r"vit_base_patch16_gap_224": dict(num_heads=16),
     r"vit_base_patch\d+_plus_.*": dict(width=896, num_heads=14),
     r"vit_giant_patch14_(reg\d_)?(dinov2|tipsv2)": dict(width=1536, num_heads=24),
@@ -73,7 +73,6 @@ SPECIAL: dict[str, Facts] = {
     r"vit_giantopt_patch16_siglip_.*": dict(activation="gelu_tanh"),
     r"eva_giant_patch14_clip_224": dict(norm_eps=1e-6, pool="tok"),
     r"test_vit": dict(width=64, num_heads=2),
-    r"test_vit2": dict(width=64, num_heads=2, pool="gap"),
 }
 
 # What this model does not compute, and what it is.
@@ -85,6 +84,7 @@ REFUSED: dict[str, str] = {
     r"beit3_.*|eva02_(base|large)_.*_clip_.*": "it normalises inside the attention",
     r"vit_.*_radio_v\d|vit_intern300m_.*|vit_pe_(lang|spatial)_.*": "it has no final norm",
     r"vit_.*_rope_(mixed_)?(ape_)?224|vit_pe_core_.*": "its rotations are of another kind than DINOv3's and EVA-02's",
+    r"vit_so150m2?_.*|test_vit2": "its registers have positions of their own",
     r"test_vit3": "it pools over the registers as well",
 }
 

@@ -153,13 +153,24 @@ def _ratio(hidden: int, width: int) -> float:
 
 
 def _card(preprocess: Preprocess | None) -> dict[str, Any]:
-    """Timm always antialiases, so that a `Preprocess` without it changes here, as it does for timm's own copies."""
+    """What timm's transforms read. They always antialias: `antialias=False` gets lost, as in timm's own copies."""
     if preprocess is None:
         return {}
+    side = preprocess.image_size[0]
+    fraction = preprocess.crop_fraction
+    stretch = fraction is None or not preprocess.keep_aspect
     return dict(
         mean=list(preprocess.mean),
         std=list(preprocess.std),
-        crop_pct=preprocess.crop_fraction or 1.0,
-        crop_mode="squash" if preprocess.crop_fraction is None else "center",
+        crop_pct=1.0 if fraction is None else _crop_pct(side, round(side / fraction)),
+        crop_mode="squash" if stretch else "center",
         interpolation=preprocess.filter,
+    )
+
+
+def _crop_pct(side: int, resized: int) -> float:
+    """The shortest number of those by which timm, which rounds down, resizes to `resized`."""
+    numbers = (math.floor(side / resized * 10**digits) / 10**digits for digits in range(1, 16))
+    return next(
+        (number for number in numbers if number and math.floor(side / number) == resized), side / (resized + 0.5)
     )

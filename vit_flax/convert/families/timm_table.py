@@ -6,13 +6,10 @@ the keys without one, keeps the biases apart or does not fuse at all, and gated 
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from vit_flax.convert.resample import Grid
-from vit_flax.convert.source import CONFIG, Source, Tensor
+from vit_flax.convert.source import CONFIG, Source
 from vit_flax.convert.table import (
     FLAT,
     LINEAR_FROM_HEADS,
@@ -136,50 +133,29 @@ def _qkv_bias(source: Source) -> str:
     return next(found, "")
 
 
-def grid_of_table(source: Source, fields: Mapping[str, Any], stated: Grid | None) -> tuple[Grid | None, bool]:
-    """Rows and columns of the position table, and whether the class token has a slot in front of them.
+def grid_of_table(source: Source, fields: Mapping[str, Any], stated: Grid | None) -> Grid | None:
+    """Rows and columns of the position table; None if there is no table.
 
     Args:
       source: of the weights.
-      fields: as found by `fields_of_tensors`.
-      stated: the grid that the configuration says; None if it does not.
+      fields: of `ViT`; they say whether the tokens have slots in front of the grid.
+      stated: the grid that the configuration says; None if it does not, for a square.
 
-    Raises: ValueError: the number of positions fits neither the stated grid nor a square.
+    Raises: ValueError: the number of positions is another one.
     """
     if "pos_embed" not in source.tensors:
-        return None, False
+        return None
     number = source.shape("pos_embed")[1]
-    tokens = fields["class_token"] + fields["dist_token"]
-    for slots in (0, tokens):
-        if stated and math.prod(stated) == number - slots:
-            return stated, bool(slots)
-    for slots in (tokens, 0):
-        side = math.isqrt(max(number - slots, 0))
-        if side and side * side == number - slots:
-            return (side, side), bool(slots)
-    raise ValueError(
-        f"{source.path}: 'pos_embed' has {number} positions, which with {tokens} tokens in front is no square grid"
-        + (f" and not that of the image size in {CONFIG}, {stated[0]}x{stated[1]}." if stated else ".")
-    )
-
-
-def spell(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Adds the positions of registers, where they have some, to the registers."""
-    out = dict(tensors)
-    if "reg_token" not in out or "pos_embed" not in out or len(out["pos_embed"].shape) != 3:
-        return out
-    table, registers = out["pos_embed"], out["reg_token"]
-    number, before = table.shape[1], int("cls_token" in out)
-    after = before + registers.shape[1]
-    if math.isqrt(number) ** 2 == number or math.isqrt(number - after) ** 2 != number - after:
-        return out
-
-    def positions_without() -> np.ndarray:
-        return np.delete(table.read(), slice(before, after), axis=1)
-
-    out["reg_token"] = replace(registers, read=lambda: registers.read() + table.read()[:, before:after])
-    out["pos_embed"] = replace(table, shape=(1, number - after + before, table.shape[2]), read=positions_without)
-    return out
+    tokens = (fields["class_token"] + fields["dist_token"]) if fields["class_token_position"] else 0
+    side = math.isqrt(max(number - tokens, 0))
+    grid = stated or (side, side)
+    if math.prod(grid) != number - tokens:
+        wanted = f"the grid of {stated[0]}x{stated[1]} that {CONFIG} says" if stated else "a square grid"
+        raise ValueError(
+            f"{source.path}: 'pos_embed' has {number} positions, {tokens} of them for tokens, which does not leave "
+            f"{wanted}. The configuration is not of these weights, or the wrong family or architecture was named."
+        )
+    return grid
 
 
 def is_bare(source: Source) -> bool:

@@ -117,7 +117,7 @@ def _dinov3(state: State, rng: np.random.Generator, *, periods: str) -> State:
         fused, keep = name.replace("q_bias", "qkv.bias"), torch.ones_like(query)
         state[fused] = torch.cat([query, _random(rng, width), value])  # the mask hides what is in the middle
         state[f"{fused}_mask"] = torch.cat([keep, 0 * keep, keep])
-    head_dim = 8 if width < 64 else 64
+    head_dim = width // 2 if width == _TINY["embed_dim"] else 64
     waves = 100.0 ** (torch.arange(head_dim // 4) * 4 / head_dim)
     return _replace(state, names) | {
         "mask_token": _random(rng, 1, width),
@@ -142,7 +142,7 @@ def _concatenate(tensors: list[Any], axis: int) -> Any:
     return torch.cat(tensors, dim=axis)
 
 
-_TINY = dict(embed_dim=24, depth=2, num_heads=3, mlp_ratio=2, patch_size=4, num_classes=0, img_size=(16, 16))
+_TINY = dict(embed_dim=24, depth=2, num_heads=2, mlp_ratio=2, patch_size=4, num_classes=0, img_size=(16, 16))
 _OFFSET, _SMOOTH, _PLAIN = (
     dict(antialias=False, offset=0.1),
     dict(antialias=True, offset=0.0),
@@ -168,41 +168,41 @@ def _case(
 
 
 CASES: list[Case] = [
-    _case("meta_dinov2", "DINOv2", "vit_base_patch14_dinov2", _dinov2, _OFFSET),
-    _case("meta_dinov2", "DINOv2 with registers", "vit_base_patch14_reg4_dinov2", _dinov2, _SMOOTH),
-    _case("meta_dinov2", "DINOv2 giant", "vit_giant_patch14_dinov2", _dinov2, _OFFSET, mlp_ratio=4),
+    _case("meta:dinov2", "DINOv2", "vit_base_patch14_dinov2", _dinov2, _OFFSET),
+    _case("meta:dinov2", "DINOv2 with registers", "vit_base_patch14_reg4_dinov2", _dinov2, _SMOOTH),
+    _case("meta:dinov2", "DINOv2 giant", "vit_giant_patch14_dinov2", _dinov2, _OFFSET, mlp_ratio=4),
     _case(
-        "meta_dinov3", "DINOv3", "vit_base_patch16_dinov3_qkvb", partial(_dinov3, periods="bfloat16"), _PLAIN,
+        "meta:dinov3", "DINOv3", "vit_base_patch16_dinov3_qkvb", partial(_dinov3, periods="bfloat16"), _PLAIN,
         global_pool="token",
     ),
     _case(
-        "meta_dinov3", "DINOv3 gated", "vit_small_plus_patch16_dinov3_qkvb", partial(_dinov3, periods="float32"),
+        "meta:dinov3", "DINOv3 gated", "vit_small_plus_patch16_dinov3_qkvb", partial(_dinov3, periods="float32"),
         _PLAIN, global_pool="token",
     ),
     _case(
-        "meta_dinov3", "DINOv3 gated, no biases", "vit_7b_patch16_dinov3", partial(_dinov3, periods="bfloat16"), _PLAIN,
+        "meta:dinov3", "DINOv3 gated, no biases", "vit_7b_patch16_dinov3", partial(_dinov3, periods="bfloat16"), _PLAIN,
         global_pool="token",
     ),
-    _case("meta_mae", "MAE with its decoder", "vit_base_patch16_224", partial(_mae, decoder=True), _PLAIN),
+    _case("meta:mae", "MAE with its decoder", "vit_base_patch16_224", partial(_mae, decoder=True), _PLAIN),
     _case(
-        "meta_mae", "MAE fine-tuned", "vit_base_patch16_224", partial(_mae, decoder=False), _PLAIN,
+        "meta:mae", "MAE fine-tuned", "vit_base_patch16_224", partial(_mae, decoder=False), _PLAIN,
         global_pool="avg", num_classes=5, named=True,
     ),
-    _case("meta_deit3", "DeiT III", "deit3_base_patch16_224", _deit3, _PLAIN, num_classes=5),
+    _case("meta:deit3", "DeiT III", "deit3_base_patch16_224", _deit3, _PLAIN, num_classes=5),
     _case(
-        "meta_dinov2", "DINOv2 S/14", "vit_small_patch14_dinov2", _dinov2, _OFFSET,
+        "meta:dinov2", "DINOv2 S/14", "vit_small_patch14_dinov2", _dinov2, _OFFSET,
         sizes=((518, 518), (224, 224)), full_size=True,
     ),
     _case(
-        "meta_dinov3", "DINOv3 S+/16", "vit_small_plus_patch16_dinov3_qkvb", partial(_dinov3, periods="bfloat16"),
+        "meta:dinov3", "DINOv3 S+/16", "vit_small_plus_patch16_dinov3_qkvb", partial(_dinov3, periods="bfloat16"),
         _PLAIN, sizes=((256, 256),), full_size=True, num_classes=0, global_pool="token",
     ),
     _case(
-        "meta_mae", "MAE B/16, fine-tuned", "vit_base_patch16_224", partial(_mae, decoder=False), _PLAIN,
+        "meta:mae", "MAE B/16, fine-tuned", "vit_base_patch16_224", partial(_mae, decoder=False), _PLAIN,
         sizes=((224, 224), (384, 384)), full_size=True, global_pool="avg", named=True,
     ),
     _case(
-        "meta_deit3", "DeiT III S/16", "deit3_small_patch16_224", _deit3, _PLAIN,
+        "meta:deit3", "DeiT III S/16", "deit3_small_patch16_224", _deit3, _PLAIN,
         sizes=((224, 224), (384, 384)), full_size=True,
     ),
 ]  # fmt: skip

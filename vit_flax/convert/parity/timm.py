@@ -37,7 +37,7 @@ def build_written(fields: dict[str, Any], image_size: Grid, seed: int) -> Refere
       image_size: rows and columns in pixels.
       seed: of the weights.
     """
-    tiny = dict(num_classes=5, patch_size=4, width=24, depth=2, mlp_dim=48, num_heads=3)
+    tiny = dict(num_classes=5, patch_size=4, width=24, depth=2, mlp_dim=48, num_heads=2)
     model = ViT(**{**tiny, **fields})
     image = jax.ShapeDtypeStruct((1, *image_size, 3), np.float32)
     shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False)["params"], image)
@@ -126,7 +126,7 @@ def import_timm() -> Any:
 
 
 def _tiny(architecture: str, image_sizes: tuple[Grid, ...] = ((16, 24), (24, 16)), **arguments: Any) -> Case:
-    tiny = dict(embed_dim=24, depth=2, num_heads=3, mlp_ratio=2, patch_size=4, img_size=image_sizes[0], num_classes=5)
+    tiny = dict(embed_dim=24, depth=2, num_heads=2, mlp_ratio=2, patch_size=4, img_size=image_sizes[0], num_classes=5)
     name = ", ".join([architecture, *(f"{key}={value}" for key, value in arguments.items())])
     return Case("timm", name, "timm", partial(build, architecture, {**tiny, **arguments}), image_sizes)
 
@@ -143,7 +143,7 @@ CASES: list[Case] = [
     _tiny("vit_base_patch16_224"),
     _tiny("vit_base_patch16_224", global_pool="avg"),  # as MAE is fine-tuned
     _tiny("vit_medium_patch16_gap_240"),  # no bias of queries, keys and values; norm before the pooling
-    _tiny("vit_so150m_patch16_reg4_gap_256", ((16, 16), (24, 16))),  # registers with positions
+    _tiny("vit_base_patch16_reg4_gap_256"),
     _tiny("deit_base_distilled_patch16_224"),
     _tiny("deit3_base_patch16_224"),
     _tiny("vit_base_patch14_dinov2", num_classes=0),
