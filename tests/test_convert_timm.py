@@ -163,6 +163,14 @@ def test_configuration_of_other_weights_is_an_error(change, message, tmp_path):
         load_pretrained(folder)
 
 
+def test_attention_pooling_over_registers_is_an_error(tmp_path):
+    folder = copy_of(
+        "timm_vit_base_patch16_dinov3", tmp_path / "changed", lambda c: c["model_args"].update(global_pool="map")
+    )
+    with pytest.raises(ValueError, match=r"attention pooling of timm's eva\.py attends to the tokens in front"):
+        load_pretrained(folder)
+
+
 def test_rotations_of_another_kind_are_an_error(tmp_path):
     folder = copy_of(
         "timm_vit_base_patch16_dinov3", tmp_path / "changed", lambda c: c["model_args"].update(rope_temperature=50.0)
@@ -244,8 +252,17 @@ def small(**fields):
         (dict(patch_bias=False), "has a bias exactly where no norm follows it"),
         (dict(rope="dinov3", posemb="none", activation="gelu_tanh"), "timm's activation would be 'gelu'"),
         (dict(rope="dinov3_bf16", posemb="none"), "timm has no rotations 'dinov3_bf16'"),
+        (dict(rope="eva", registers=1, pool="map"), "attends to the tokens in front of the patches too"),
+        (
+            dict(pool="tok_dist", dist_token=True, qkv_bias="qv"),
+            "neither registers, rotations, gated layers nor biases",
+        ),
+        (dict(pool="tok_dist", dist_token=True, num_classes=None), "timm's models with a distillation token average"),
         (dict(mlp="swiglu", activation="silu", pool="map"), "attention pooling has an MLP of its own kind"),
-        (dict(pool="tok_dist", dist_token=True, mlp="swiglu", activation="silu"), "neither registers nor gated layers"),
+        (
+            dict(pool="tok_dist", dist_token=True, mlp="swiglu", activation="silu"),
+            "neither registers, rotations, gated layers",
+        ),
         (dict(pool="gap", dist_token=True), "timm's models with a distillation token average two heads"),
     ],
 )

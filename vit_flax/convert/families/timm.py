@@ -46,6 +46,12 @@ def _describe(source: Source) -> Spec:
     resize = {name: fields.pop(name) for name in ("posemb_resize", "patch_resize")}
     if seen["dist_token"]:
         fields["pool"] = "tok_dist"
+    model = ViT(**fields)
+    if model.pool == "map" and model.num_prefix_tokens and timm_table.is_eva(model):
+        raise ValueError(
+            f"{source.path}: the attention pooling of timm's eva.py attends to the tokens in front of the patches too, "
+            "ours only to the patches."
+        )
     image_size = _image_size(arguments, card, _pair(fields["patch_size"]))
     patch = _pair(fields["patch_size"])
     grid = (image_size[0] // patch[0], image_size[1] // patch[1]) if image_size else None

@@ -38,6 +38,10 @@ _EXPORTED: dict[tuple[str, float], dict[int | None, str]] = {
 
 
 def config(out: Outgoing) -> dict[str, dict[str, Any]]:
+    """The contents of config.json, under that name.
+
+    Raises: ValueError: timm has no such model; every reason is in the message.
+    """
     model = out.model
     kind = "distilled" if model.dist_token else "eva" if is_eva(model) else "packed" if model.mlp == "swiglu" else "vit"
     if reasons := _reasons(model, kind):
@@ -69,22 +73,30 @@ def _reasons(model: ViT, kind: str) -> list[str]:
         f"norm_eps={model.norm_eps:g}, and timm has {' and '.join(f'{e:g}' for e in epsilons)} for such models; "
         f"model.clone(norm_eps={epsilons[0]:g}) accepts the difference": model.norm_eps not in epsilons,
         "timm's models with a distillation token average two heads on a learned table, normalise before the pooling, "
-        "and have neither registers nor gated layers": kind == "distilled"
+        "and have neither registers, rotations, gated layers nor biases of two projections": kind == "distilled"
         and (
-            model.pool != "tok_dist"
+            model.num_classes is None
+            or model.pool != "tok_dist"
             or model.posemb != "learned"
             or model.norm_after_pool
             or model.mlp != "mlp"
+            or is_eva(model)
             or model.registers > 0
         ),
         "timm's patch embedding has a bias exactly where no norm follows it": model.patch_bias == model.pre_norm,
         f"timm has no such biases, qkv_bias={model.qkv_bias!r}": model.qkv_bias not in ("", "qv", "qkv"),
         f"timm's activation would be {_eva_activation(model)!r}": kind == "eva"
         and model.activation != _eva_activation(model),
+        "timm's attention pooling of such models attends to the tokens in front of the patches too": kind == "eva"
+        and model.pool == "map"
+        and model.num_prefix_tokens > 0,
         "timm's attention pooling has an MLP of its own kind": model.pool == "map"
         and (kind == "packed" or (kind == "eva" and model.mlp == "swiglu")),
-        f"timm has no rotations {model.rope!r}": model.rope not in ROPES,
-        f"posemb={model.posemb!r}: timm has learned tables only": model.posemb not in ("learned", "none"),
+        f"timm has no rotations {model.rope!r}; model.clone(rope='dinov3') accepts the difference": model.rope
+        not in ROPES,
+        f"posemb={model.posemb!r}: timm has learned tables only; the same table under params['posemb']['table'] and "
+        "model.clone(posemb='learned', class_token_position=False) are the same function": model.posemb
+        not in ("learned", "none"),
         "timm's heads are as wide as the model together": (model.head_dim or model.width // model.num_heads)
         * model.num_heads
         != model.width,
