@@ -106,7 +106,7 @@ def _express(kind: Family, out: Outgoing) -> tuple[dict[str, np.ndarray], dict[s
     """Tensors, files and the reasons why they would not be this model."""
     if kind.config is None:
         return {}, {}, ["this family is only read"]
-    out = _place_positions(out, kind.token_positions)
+    out = _place_positions(out, kind.wants_token_positions(out.model))
     try:
         files = kind.config(out)
         tensors, left = engine.write(out.params, kind.rows(out.model))
@@ -146,7 +146,7 @@ def architecture(model: ViT) -> dict[str, Any]:
 
 
 def _moves_positions(kind: Family, model: ViT) -> bool:
-    return kind.token_positions not in (None, architecture(model)["class_token_position"])
+    return kind.wants_token_positions(model) not in (None, architecture(model)["class_token_position"])
 
 
 def _place_positions(out: Outgoing, wanted: bool | None) -> Outgoing:

@@ -13,13 +13,20 @@ from vit_flax.convert.families.huggingface_vit import (
     HF_VIT,
     HF_VIT_MAE,
 )
+from vit_flax.convert.families.meta import META_DEIT3, META_DINOV2, META_DINOV3, META_MAE
 from vit_flax.convert.families.own import VIT_FLAX
+from vit_flax.convert.families.timm import TIMM
 from vit_flax.convert.source import Source
 from vit_flax.convert.table import Family
 
 FAMILIES: dict[str, Family] = {
     "google": GOOGLE,
     "big_vision": BIG_VISION,
+    "timm": TIMM,
+    "meta:dinov2": META_DINOV2,
+    "meta:dinov3": META_DINOV3,
+    "meta:mae": META_MAE,
+    "meta:deit3": META_DEIT3,
     "vit_flax": VIT_FLAX,
     "hf:vit": HF_VIT,
     "hf:deit": HF_DEIT,
@@ -57,10 +64,14 @@ def find_family(source: Source, name: str | None) -> tuple[Family, Source]:
 
     Args:
       source: as opened.
-      name: a key of `FAMILIES`; None to find it.
+      name: a key of `FAMILIES`; None to find it. What follows a colon ("timm:vit_base_patch16_224") is the architecture
+        that config.json would have said.
 
     Raises: ValueError: unknown name, a file of no family or of several, or a file that is not of the family named.
     """
+    if name is not None and name not in FAMILIES and name.partition(":")[0] in FAMILIES:
+        name, _, architecture = name.partition(":")
+        source = replace(source, config={**source.config, "architecture": architecture})
     if name is not None and name not in FAMILIES:
         raise ValueError(f"Unknown family {name!r}: expected one of {', '.join(FAMILIES)}.")
     spelled = {n: replace(source, tensors=family.spell(source.tensors)) for n, family in FAMILIES.items()}
