@@ -128,6 +128,14 @@ def _open_local(path: Path, *, name: str, keep_alive: Any) -> Source:
     return Source(name, tensors, config, preprocessor, keep_alive)
 
 
+def weight_files(path: str | Path) -> list[Path]:
+    """The files that hold the bytes of a local checkpoint: one, or the shards of an index."""
+    file = _find_weights(Path(path), str(path)) if Path(path).is_dir() else Path(path)
+    if not file.name.endswith(".index.json"):
+        return [file]
+    return sorted({file.parent / name for name in _read_json(file)["weight_map"].values()})
+
+
 def _find_weights(folder: Path, name: str) -> Path:
     for pattern in (WEIGHTS, f"{WEIGHTS}.index.json", "*.safetensors", "*.npz", "*.bin", "*.pth", "*.pt"):
         found = sorted(folder.glob(pattern))
