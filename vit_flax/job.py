@@ -5,6 +5,7 @@ and each method of `Job` makes one part, in a notebook as in `train`.
 """
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_flax import sharding, workdir
 from vit_flax.augment import augment, normalize
@@ -20,6 +22,7 @@ from vit_flax.checkpoint import Checkpoints
 from vit_flax.config import Config, ConfigError, bind, check_names, check_section, hparams_of, in_steps, plain
 from vit_flax.data import Data, make_data
 from vit_flax.evals import EVALS
+from vit_flax.finetune import FromScratch, Init, Start
 from vit_flax.hooks import Every, Hook
 from vit_flax.losses import LOSSES
 from vit_flax.models import make_model
@@ -57,6 +60,7 @@ class Job:
 
     config: dict[str, Any]
     run: Run
+    start: Start | FromScratch
     data: Data
     model: ViT
     mesh: jax.sharding.Mesh
@@ -75,15 +79,30 @@ class Job:
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for two processes to be two lives of one run."""
-        return {**workdir.identity(self.config), "data": self.data.fingerprint()}
+        # As JSON, like the identity in a checkpoint that it is compared with: tuples are lists there.
+        return json.loads(json.dumps({**workdir.identity(self.config), "data": self.data.fingerprint()}))
 
-    def init(self) -> TrainState:
-        """The state before the first step (to be jitted)."""
+    def facts(self) -> dict[str, Any]:
+        """What a user of the run's checkpoints needs besides its config."""
+        return {"image_shape": self.data.image_shape, "class_names": self.data.class_names}
+
+    def pretrained(self) -> dict[str, Any]:
+        """The parameters that a new run takes from a checkpoint, by path; prints what became of all of them."""
+        params, report = self.start.load(self.model, self.data.image_shape)
+        if report is not None and jax.process_index() == 0:
+            print(report, flush=True)
+        return params
+
+    def init(self, pretrained: Mapping[str, Any] | None = None) -> TrainState:
+        """The state before the first step (to be jitted), with `pretrained` in the place of those initial parameters.
+
+        Raises: ValueError: the model has no parameter of that name and shape.
+        """
         h, w, c = self.data.image_shape
         image = jnp.zeros((1, h, w, c))
         return init_state(
             jax.random.key(self.run.seed),
-            init=lambda key: self.model.init(key, image, train=False)["params"],
+            init=lambda key: _with(self.model.init(key, image, train=False)["params"], pretrained or {}),
             optimizer=self.optimizer(),
             hparams={name: jnp.asarray(value, jnp.float32) for name, value in self.hparams.items()},
         )
@@ -174,7 +193,9 @@ SECTIONS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "optim": (make_optimizer, ("total_steps",)),
     "checkpoint": (Checkpoints, ("directory",)),
     "evals": (EVALS, ("apply", "normalize", "batches")),
+    "init": (Init, ()),
 }
+OPTIONAL = ("init",)
 
 
 def build(config: Config) -> Job:
@@ -186,7 +207,10 @@ def build(config: Config) -> Job:
     Raises: ConfigError: names the key, what was found and what to do.
     """
     config = plain(config)
-    check_names("", config, SECTIONS, required=SECTIONS)
+    check_names("", config, SECTIONS, required=[name for name in SECTIONS if name not in OPTIONAL])
+    start = _make_start(config)
+    with _named("init"):
+        config = start.complete_data(config)
     check_section("data", config["data"], make_data)
     with _named("data"):
         data = make_data(**config["data"])
@@ -195,6 +219,8 @@ def build(config: Config) -> Job:
             f"data.batch_size={data.batch_size} is larger than the {data.num_train} examples of "
             f"{config['data']['train_split']!r}: choose a smaller batch or a larger split."
         )
+    with _named("init"):
+        config = start.complete_model(config, data.num_classes, data.image_shape)
     steps_per_epoch = data.num_train / data.batch_size
     evals = {f"evals.{name}": section for name, section in config["evals"].items()}
     given = {name: section for name, section in config.items() if name != "evals"} | evals
@@ -204,6 +230,7 @@ def build(config: Config) -> Job:
     job = Job(
         config=config,
         run=Run(**sections["run"]),
+        start=start,
         data=data,
         model=_make_model(sections, data),
         mesh=sharding.make_mesh(),
@@ -213,6 +240,25 @@ def build(config: Config) -> Job:
     with _named("the config"):
         jax.eval_shape(job.init)
     return job
+
+
+def _make_start(config: Mapping[str, Any]) -> Start | FromScratch:
+    if "init" not in config:
+        return FromScratch()
+    check_section("init", config["init"], Init)
+    with _named("init"):
+        return Start(config["init"])
+
+
+def _with(params: Any, pretrained: Mapping[str, Any]) -> Any:
+    """The parameters with some of them replaced."""
+    flat: dict[str, Any] = dict(flatten_dict(params, sep="/"))
+    for path, value in pretrained.items():
+        if path not in flat or flat[path].shape != value.shape:
+            found = flat[path].shape if path in flat else "no such parameter"
+            raise ValueError(f"init: the checkpoint gives {path} {value.shape}, the model of the run has {found}.")
+        flat[path] = jnp.asarray(value, flat[path].dtype)
+    return unflatten_dict(flat, sep="/")
 
 
 def _check(name: str, section: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ import jax
 
 from vit_flax import sharding, workdir
 from vit_flax.checkpoint import Checkpoints
-from vit_flax.config import Config
+from vit_flax.config import Config, plain
 from vit_flax.hooks import EXIT_PREEMPTED, Every, StopSignal
 from vit_flax.job import Job, build
 from vit_flax.step import TrainState
@@ -27,10 +27,10 @@ def train(config: Config, workdir_path: str | Path) -> tuple[TrainState, dict[st
       ConfigError: the config cannot be run, or the workdir holds another experiment.
       SystemExit: with `hooks.EXIT_PREEMPTED`, after a signal to stop and a complete checkpoint.
     """
-    job = build(config)
     folder = Path(workdir_path).absolute()
+    job = build(workdir.completed(folder, config))
     with workdir.lock(folder), StopSignal() as stop:
-        workdir.claim(folder, job.config)
+        workdir.claim(folder, job.config, given=plain(config), **job.facts())
         with Checkpoints(str(folder / "checkpoints"), **job.checkpoint) as checkpoints:
             state = restore_or_init(job, checkpoints)
             with Writer(folder, start_step=int(state.step), total_steps=job.run.total_steps) as writer:
@@ -73,12 +73,12 @@ def evaluate(config: Config, workdir_path: str | Path) -> dict[str, float]:
 
     Raises: FileNotFoundError: there is none. Otherwise as `train`.
     """
-    job = build(config)
     folder = Path(workdir_path).absolute()
+    job = build(workdir.completed(folder, config))
     if not (folder / "checkpoints").is_dir():
         raise FileNotFoundError(f"There is no checkpoint below {folder}: train first, or check --workdir.")
     with workdir.lock(folder):
-        workdir.claim(folder, job.config)
+        workdir.claim(folder, job.config, given=plain(config), **job.facts())
         with Checkpoints(str(folder / "checkpoints"), **job.checkpoint) as checkpoints:
             state = restore_or_init(job, checkpoints, must_exist=True)
     results: dict[str, float] = {}
@@ -100,4 +100,4 @@ def restore_or_init(job: Job, checkpoints: Checkpoints, must_exist: bool = False
     if must_exist:
         raise FileNotFoundError("There is no checkpoint in this workdir: train first, or check --workdir.")
     # The same shardings as a restored state, so that both run the same compiled step.
-    return jax.jit(job.init, out_shardings=shardings)()
+    return jax.jit(job.init, out_shardings=shardings)(job.pretrained())

@@ -76,7 +76,30 @@ def load_pretrained(
       ValueError: damaged or unknown file, ambiguous or wrong family, shapes that disagree with the configuration,
         NaN, tensors or parameters left over. The message names the file, the key and the remedy.
     """
-    opened = open_checkpoint(path, family=family, fields=fields)
+    return load_opened(
+        open_checkpoint(path, family=family, fields=fields),
+        num_classes=num_classes,
+        image_size=image_size,
+        ignore=ignore,
+        new_head=new_head,
+        patch_size=patch_size,
+        channels=channels,
+        posemb_resize=posemb_resize,
+    )
+
+
+def load_opened(
+    opened: "Opened",
+    *,
+    num_classes: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    ignore: Sequence[str] = (),
+    new_head: bool = False,
+    patch_size: int | tuple[int, int] | None = None,
+    channels: int | None = None,
+    posemb_resize: str | None = None,
+) -> Pretrained:
+    """Loads a checkpoint that is open already; arguments and errors as of `load_pretrained`."""
     source, spec, model = opened.source, opened.spec, opened.model
     shapes = engine.parameter_shapes(model, opened.image_size, spec.channels)
     excused = _Excused(ignore, opened.rows, source)
@@ -119,8 +142,14 @@ class Opened:
 def open_checkpoint(path: str | Path, *, family: str | None = None, fields: Mapping[str, Any] | None = None) -> Opened:
     """Opens a checkpoint and finds out what it is; arguments and errors as of `load_pretrained`."""
     kind, source = find_family(open_source(path), family)
-    spec = kind.describe(source)
-    model = ViT(**{**spec.fields, **(fields or {})})
+    try:
+        spec = kind.describe(source)
+        model = ViT(**{**spec.fields, **(fields or {})})
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{source.path}: the configuration beside the weights does not describe a {kind.name} model ({error!r}). "
+            "Fetch it again, or name the right family."
+        ) from error
     return Opened(kind, source, spec, model, kind.rows(model), _image_size(spec, model))
 
 

@@ -92,7 +92,8 @@ def open_source(path: str | Path) -> Source:
 
     Args:
       path: an .npz file, a .safetensors file, an index of shards (.safetensors.index.json), or a folder that holds one
-        of them with its config.json. An address with a scheme (hf://owner/name, gs://bucket/folder) is fetched first.
+        of them with its config.json, or the workdir of a run of ours (see `workdir`). An address with a scheme
+        (hf://owner/name, gs://bucket/folder) is fetched first.
 
     Raises:
       FileNotFoundError: nothing is there.
@@ -101,6 +102,10 @@ def open_source(path: str | Path) -> Source:
     if "://" in str(path):
         folder = fetch(str(path))
         return _open_local(Path(folder.path), name=str(path), keep_alive=folder)
+    from vit_flax.convert.workdir import is_workdir, open_workdir
+
+    if is_workdir(str(path)):
+        return open_workdir(str(path))
     return _open_local(Path(path), name=str(path), keep_alive=None)
 
 
