@@ -153,13 +153,14 @@ def test_filters_that_disagree():
     assert job.config["augment"]["mean"] == (0.4,)
 
 
-def test_another_pooling_and_patch_size_are_possible_and_said():
-    config = finetune_config(override=("pool", "patch_size", "class_token"), ignore=("^cls",), size=(32, 32))
-    config.model.update(dict(pool="gap", patch_size=16, class_token=False))
+def test_another_pooling_and_patch_size_are_possible_and_said(capsys):
+    config = finetune_config(override=("pool", "patch_size"), size=(32, 32))
+    config.model.update(dict(pool="gap", patch_size=16))
     ours = flat(first_state(config).params)
+    assert build(config).model.pool == "gap"
     assert ours["patch_embed/kernel"].shape == (16 * 16 * 3, 32)
-    assert "cls_token/token" not in ours
     assert ours["posemb/table"].shape == (1, 4, 32)
+    assert "resampled      patch_embed/kernel [192, 32] -> [768, 32]" in capsys.readouterr().out
 
 
 def test_grey_pictures_adapt_the_patch_embedding():
