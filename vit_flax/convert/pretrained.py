@@ -100,15 +100,14 @@ def load_opened(
     posemb_resize: str | None = None,
 ) -> Pretrained:
     """Loads a checkpoint that is open already; arguments and errors as of `load_pretrained`."""
-    source, spec, model = opened.source, opened.spec, opened.model
-    shapes = engine.parameter_shapes(model, opened.image_size, spec.channels)
+    source, spec, model, shapes = opened.source, opened.spec, opened.model, opened.shapes
     excused = _Excused(ignore, opened.rows, source)
     kept = {name: tensor for name, tensor in source.tensors.items() if not excused.tensor(name)}
     rows = [row for row in opened.rows if not excused.parameter(row.ours)]
     params, used = engine.read(replace(source, tensors=kept), rows, shapes)
     for name, value in spec.constants.items():
         params[name] = np.full(shapes[name].shape, value, shapes[name].dtype)
-    report = _account(opened, params, used, shapes, excused)
+    report = _account(opened, params, used, excused)
     return _adapt(
         Pretrained(model, params, spec.preprocess, spec.class_names, report),
         spec,
@@ -129,6 +128,7 @@ class Opened:
       model: that computes what the reference implementation computes.
       rows: the family's table for that model.
       image_size: rows and columns in pixels of the stored position table, or near what the pictures are prepared to.
+      shapes: of the model's parameters, at that size.
     """
 
     family: Family
@@ -137,6 +137,7 @@ class Opened:
     model: ViT
     rows: list[Row]
     image_size: Grid
+    shapes: engine.Shapes
 
 
 def open_checkpoint(path: str | Path, *, family: str | None = None, fields: Mapping[str, Any] | None = None) -> Opened:
@@ -145,12 +146,16 @@ def open_checkpoint(path: str | Path, *, family: str | None = None, fields: Mapp
     try:
         spec = kind.describe(source)
         model = ViT(**{**spec.fields, **(fields or {})})
-    except (KeyError, TypeError) as error:
+        image_size = _image_size(spec, model)
+        shapes = engine.parameter_shapes(model, image_size, spec.channels)
+        return Opened(kind, source, spec, model, kind.rows(model), image_size, shapes)
+    except ValueError as error:
+        raise error if source.path in str(error) else ValueError(f"{source.path}: {error}") from error
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(
-            f"{source.path}: the configuration beside the weights does not describe a {kind.name} model ({error!r}). "
-            "Fetch it again, or name the right family."
+            f"{source.path}: the configuration beside the weights describes no {kind.name} model "
+            f"({type(error).__name__}: {error}). Fetch it again, or name another family."
         ) from error
-    return Opened(kind, source, spec, model, kind.rows(model), _image_size(spec, model))
 
 
 @dataclass(frozen=True)
@@ -210,7 +215,7 @@ class _Excused:
         return self._named(path) or (bool(theirs) and all(map(self._named, theirs)))
 
 
-def _account(opened: Opened, params: Flat, used: set[str], shapes: engine.Shapes, excused: _Excused) -> Report:
+def _account(opened: Opened, params: Flat, used: set[str], excused: _Excused) -> Report:
     """Explains every tensor and every parameter, or raises."""
     source, spec = opened.source, opened.spec
     unused: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -225,7 +230,9 @@ def _account(opened: Opened, params: Flat, used: set[str], shapes: engine.Shapes
         else:
             strange[tensor.key] = tensor.shape
     looked_for = {row.ours: row.theirs for row in reversed(opened.rows)}
-    absent = {p: (looked_for.get(p, "nothing in this family"), s.shape) for p, s in shapes.items() if p not in params}
+    absent = {
+        p: (looked_for.get(p, "nothing in this family"), s.shape) for p, s in opened.shapes.items() if p not in params
+    }
     missing = {p: s for p, (_, s) in absent.items() if excused.parameter(p)}
     absent = {p: v for p, v in absent.items() if p not in missing}
     if strange or absent:
