@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vit_flax.typing import Float
+from vit_flax.typing import Float, Shaped
 
 Grid = tuple[int, int]
 
@@ -97,7 +97,7 @@ def adapt_channels(kernel: Float[np.ndarray, "h w old d"], channels: int) -> Flo
     return kernel[:, :, np.arange(channels) % old] * kernel.dtype.type(old / channels)
 
 
-def resize(grid: Float[np.ndarray, "h w d"], size: Grid, method: str) -> Float[np.ndarray, "new_h new_w d"]:
+def resize(grid: Shaped[np.ndarray, "h w d"], size: Grid, method: str) -> Float[np.ndarray, "new_h new_w d"]:
     """Resizes a grid of vectors, or an image, in float64."""
     rows, columns = (axis_weights(old, new, method) for old, new in zip(grid.shape[:2], size, strict=True))
     return np.swapaxes(_along_rows(columns, np.swapaxes(_along_rows(rows, grid), 0, 1)), 0, 1)
