@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_flax import peak, pictures, sharding, workdir
 from vit_flax.augment import augment, normalize
@@ -26,6 +27,7 @@ from vit_flax.data import Ahead, Data, make_data
 from vit_flax.evals import EVALS
 from vit_flax.evals.hook import EvaluationHook
 from vit_flax.files import write_atomically
+from vit_flax.finetune import FromScratch, Init, Start
 from vit_flax.hooks import Every, Hook, Profile
 from vit_flax.losses import LOSSES
 from vit_flax.models import make_model
@@ -81,6 +83,7 @@ class Job:
 
     config: dict[str, Any]
     run: Run
+    start: Start | FromScratch
     data: Data
     model: ViT
     mesh: jax.sharding.Mesh
@@ -99,7 +102,8 @@ class Job:
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for two processes to be two lives of one run."""
-        return {**workdir.identity(self.config), "data": self.data.fingerprint()}
+        # As JSON, like the identity in a checkpoint that it is compared with: tuples are lists there.
+        return json.loads(json.dumps({**workdir.identity(self.config), "data": self.data.fingerprint()}))
 
     def about(self) -> dict[str, Any]:
         """What somebody who opens a checkpoint wants to know; JSON values."""
@@ -111,13 +115,27 @@ class Job:
         }
         return {"config": self.config, "class_names": list(self.data.class_names), "preprocessing": preprocessing}
 
-    def init(self) -> TrainState:
-        """The state before the first step (to be jitted)."""
+    def for_readers(self) -> dict[str, Any]:
+        """What a user of the run's checkpoints needs besides its config."""
+        return {"image_shape": self.data.image_shape, "class_names": self.data.class_names}
+
+    def pretrained(self) -> dict[str, Any]:
+        """The parameters that a new run takes from a checkpoint, by path; prints what became of all of them."""
+        params, report = self.start.load(self.model, self.data.image_shape)
+        if report is not None and jax.process_index() == 0:
+            print(report, flush=True)
+        return params
+
+    def init(self, pretrained: Mapping[str, Any] | None = None) -> TrainState:
+        """The state before the first step (to be jitted), with `pretrained` in the place of those initial parameters.
+
+        Raises: ValueError: the model has no parameter of that name and shape.
+        """
         h, w, c = self.data.image_shape
         image = jnp.zeros((1, h, w, c))
         return init_state(
             jax.random.key(self.run.seed),
-            init=lambda key: self.model.init(key, image, train=False)["params"],
+            init=lambda key: _with(self.model.init(key, image, train=False)["params"], pretrained or {}),
             optimizer=self.optimizer(),
             hparams={name: jnp.asarray(value, jnp.float32) for name, value in self.hparams.items()},
         )
@@ -295,10 +313,12 @@ SECTIONS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "evals": (EVALS, ("apply", "normalize", "batches", "put", "rows", "num_classes")),
     "mesh": (sharding.make_mesh, ("devices",)),
     "sinks": (SINKS, ("workdir", "start_step", "config")),
+    "init": (Init, ()),
 }
 # Of these, a section that happens every so often has exactly one (`every_epochs` becomes `every_steps`).
 SCHEDULES = ("every_steps", "every_secs")
 # Sections that a config may leave out. `metrics.jsonl` and `pictures/` are written without a sink.
+OPTIONAL = ("init", "mesh", "sinks")
 DEFAULT_MESH: dict[str, Any] = {}
 DEFAULT_SINKS: dict[str, dict[str, Any]] = {"csv": {}, "tensorboard": {}}
 
@@ -313,7 +333,10 @@ def build(config: Config, devices: Sequence[Any] | None = None) -> Job:
     Raises: ConfigError: names the key, what was found and what to do.
     """
     config = {"mesh": DEFAULT_MESH} | plain(config)
-    check_names("", config, SECTIONS, required=[name for name in SECTIONS if name != "sinks"])
+    check_names("", config, SECTIONS, required=[name for name in SECTIONS if name not in OPTIONAL])
+    start = _make_start(config)
+    with _named("init"):
+        config = start.complete_data(config)
     check_section("data", config["data"], make_data)
     with _named("data"):
         data = make_data(**config["data"])
@@ -322,6 +345,8 @@ def build(config: Config, devices: Sequence[Any] | None = None) -> Job:
             f"data.batch_size={data.batch_size} is larger than the {data.num_train} examples of "
             f"{config['data']['train_split']!r}: choose a smaller batch or a larger split."
         )
+    with _named("init"):
+        config = start.complete_model(config, data.num_classes, data.image_shape)
     steps_per_epoch = data.num_train / data.batch_size
     given = {name: section for name, section in config.items() if name not in ("evals", "sinks")}
     given |= {f"evals.{name}": section for name, section in config["evals"].items()}
@@ -340,6 +365,7 @@ def build(config: Config, devices: Sequence[Any] | None = None) -> Job:
     job = Job(
         config=config,
         run=run,
+        start=start,
         data=data,
         model=_make_model(sections, data),
         mesh=mesh,
@@ -351,6 +377,25 @@ def build(config: Config, devices: Sequence[Any] | None = None) -> Job:
     with _named("mesh"):
         sharding.param_shardings(abstract.params, mesh)
     return job
+
+
+def _make_start(config: Mapping[str, Any]) -> Start | FromScratch:
+    if "init" not in config:
+        return FromScratch()
+    check_section("init", config["init"], Init)
+    with _named("init"):
+        return Start(config["init"])
+
+
+def _with(params: Any, pretrained: Mapping[str, Any]) -> Any:
+    """The parameters with some of them replaced."""
+    flat: dict[str, Any] = dict(flatten_dict(params, sep="/"))
+    for path, value in pretrained.items():
+        if path not in flat or flat[path].shape != value.shape:
+            found = flat[path].shape if path in flat else "no such parameter"
+            raise ValueError(f"init: the checkpoint gives {path} {value.shape}, the model of the run has {found}.")
+        flat[path] = jnp.asarray(value, flat[path].dtype)
+    return unflatten_dict(flat, sep="/")
 
 
 def _check(name: str, section: Mapping[str, Any]) -> None:

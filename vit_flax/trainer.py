@@ -12,7 +12,7 @@ from vit_flax import distributed, workdir
 from vit_flax.bad_steps import Diverged
 from vit_flax.checkpoint import CheckpointMismatch, Checkpoints, Restored, SaveFailed, load_params
 from vit_flax.checksums import differences, shapes
-from vit_flax.config import Config
+from vit_flax.config import Config, plain
 from vit_flax.job import Job, build
 from vit_flax.report import write_report
 from vit_flax.signals import EXIT_PREEMPTED, Interrupted, StopSignal
@@ -39,15 +39,18 @@ def train(config: Config, workdir_path: str | Path) -> tuple[TrainState, dict[st
       SystemExit: with `signals.EXIT_PREEMPTED`, after a signal to stop and a complete checkpoint.
     """
     with distributed.stop_signal() as stop:
-        return train_job(build(config), workdir_path, stop)
+        job = build(workdir.completed(Path(workdir_path), config))
+        return train_job(job, workdir_path, stop, given=config)
 
 
-def train_job(job: Job, workdir_path: str | Path, stop: StopSignal) -> tuple[TrainState, dict[str, float]]:
-    """`train` for a job that is built, and perhaps changed, already."""
+def train_job(
+    job: Job, workdir_path: str | Path, stop: StopSignal, *, given: Config | None = None
+) -> tuple[TrainState, dict[str, float]]:
+    """`train` for a job that is built, and perhaps changed, already; `given` is the config before it was completed."""
     folder = Path(workdir_path).absolute()
     with workdir.lock(folder) if distributed.is_main() else nullcontext():
         if distributed.is_main():
-            workdir.claim(folder, job.config)
+            workdir.claim(folder, job.config, given=plain(given or job.config), **job.for_readers())
         with Checkpoints(str(folder / "checkpoints"), **job.checkpoint) as checkpoints:
             start = restore_or_init(job, checkpoints)
             with job.writer(folder, start_step=start.step) as writer:
@@ -182,19 +185,18 @@ def evaluate(config: Config, workdir_path: str | Path) -> dict[str, float]:
 
     Raises: FileNotFoundError: there is none. Otherwise as `train`.
     """
-    job = build(config)
     folder = Path(workdir_path).absolute()
+    job = build(workdir.completed(folder, config))
     saved = load_params(folder)
     workdir.check(folder, job.config)
-    abstract = jax.eval_shape(job.init)
-    if diff := differences(shapes(saved.params), shapes(abstract.params)):
+    target = job.abstract_state()
+    if diff := differences(shapes(saved.params), shapes(target.params)):
         rows = "\n".join(f"  {name}: checkpoint {theirs}, now {ours}" for name, (theirs, ours) in diff.items())
         raise CheckpointMismatch(f"Checkpoint {saved.step} in {folder} has other parameters than the model:\n{rows}")
-    ema = load_params(folder, step=saved.step, ema=True).params if abstract.ema is not None else None
-    nothing = jax.tree.map(lambda _: None, abstract)
-    places = jax.tree.map(lambda x: x.sharding, job.abstract_state())
-    params, ema = jax.device_put((saved.params, ema), (places.params, places.ema))
-    state = nothing.replace(step=saved.step, params=params, ema=ema)
+    ema = load_params(folder, step=saved.step, ema=True).params if target.ema is not None else None
+    places = jax.tree.map(lambda x: x.sharding, (target.params, target.ema))
+    params, ema = jax.device_put((saved.params, ema), places)
+    state = jax.tree.map(lambda _: None, target).replace(step=saved.step, params=params, ema=ema)
     results: dict[str, float] = {}
     with job.writer(None, start_step=0) as writer:
         for hook in job.evaluations(writer, None, results, StopSignal()).values():
@@ -210,4 +212,5 @@ def restore_or_init(job: Job, checkpoints: Checkpoints) -> Restored:
     if restored is not None:
         return restored
     # The same shardings as a restored state, so that both run the same compiled step.
-    return Restored(0, jax.jit(job.init, out_shardings=jax.tree.map(lambda x: x.sharding, target))(), {})
+    places = jax.tree.map(lambda x: x.sharding, target)
+    return Restored(0, jax.jit(job.init, out_shardings=places)(job.pretrained()), {})
