@@ -92,7 +92,7 @@ def preprocess_of(config: Mapping[str, Any], size: tuple[int, int], channels: in
     how = {"filter": "bilinear", "antialias": True} | (ops[0] if ops else {})
     if how["filter"] not in ("bilinear", "bicubic"):
         return None
-    return Preprocess(size, mean, std, crop, how["filter"], how["antialias"])
+    return Preprocess(size, mean, std, crop, filter=how["filter"], antialias=how["antialias"])
 
 
 def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:

@@ -79,7 +79,9 @@ def _build(architecture: str, arguments: dict[str, Any], shapes: dict[str, Any],
         np.savez(folder / "weights.npz", **weights)  # type: ignore[arg-type]
         return folder / "weights.npz"
 
-    model: Any = timm.create_model(architecture, act_layer="gelu_tanh", **arguments).eval()
+    model: Any = timm.create_model(  # pyright: ignore[reportAttributeAccessIssue]
+        architecture, act_layer="gelu_tanh", **arguments
+    ).eval()
     with tempfile.TemporaryDirectory() as folder:
         model.load_pretrained(str(write(Path(folder))))
 
