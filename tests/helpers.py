@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -24,6 +25,26 @@ def tiny_config(**overrides: object) -> ConfigDict:
         section, name = key.split("__")
         config[section][name] = value
     return config
+
+
+class Cut:
+    """The batches of a run, and an error in place of batch number `after`."""
+
+    def __init__(self, batches: Any, after: int, error: type[BaseException]):
+        self._batches, self._left, self._error = batches, after, error
+
+    def __iter__(self) -> "Cut":
+        return self
+
+    def __next__(self) -> Any:
+        if not self._left:
+            raise self._error
+        self._left -= 1
+        return next(self._batches)
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        return self._batches.counts
 
 
 def metrics_lines(workdir: Path) -> list[str]:

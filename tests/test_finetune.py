@@ -9,7 +9,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from tests.helpers import tiny_config
+from tests.helpers import Cut, tiny_config
 from vit_flax import load_pretrained
 from vit_flax.config import ConfigError
 from vit_flax.convert import resample
@@ -183,13 +183,7 @@ def test_resumed_run_needs_the_checkpoint_no_more_and_ends_alike(tmp_path, monke
 
     batches = job.Job.train_batches
 
-    def cut(self, start_step):
-        for number, batch in enumerate(batches(self, start_step)):
-            if number == 3:
-                raise KeyboardInterrupt
-            yield batch
-
-    monkeypatch.setattr(job.Job, "train_batches", cut)
+    monkeypatch.setattr(job.Job, "train_batches", lambda self, start: Cut(batches(self, start), 3, KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         train(config, tmp_path / "resumed")
     monkeypatch.undo()
@@ -227,7 +221,7 @@ def test_run_of_ours_is_a_checkpoint_like_any_other(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, average.params, jax.device_get(state.ema))
     step = load_pretrained(tmp_path / "first" / "checkpoints" / "60")
     jax.tree.map(np.testing.assert_array_equal, step.params, loaded.params)
-    with pytest.raises(FileNotFoundError, match="expected 61, found"):
+    with pytest.raises(FileNotFoundError, match="no checkpoint 61 below"):
         load_pretrained(tmp_path / "first" / "checkpoints" / "61")
 
     config = tiny_config(run__total_steps=2, optim__lr=1e-2)

@@ -35,6 +35,7 @@ def config(scan=True, accumulate_steps=1):
     config = tiny_config(run__ema_decay=0.9, run__accumulate_steps=accumulate_steps, optim__lr=1e-2)
     config.model.update(dict(width=32, depth=DEPTH, mlp_dim=64, num_heads=4, dropout=0.1, drop_path=0.2, scan=scan))
     config.model.update(dict(head_zero_init=False, posemb="learned", class_token=True, registers=1))
+    config.model.attention_impl = "xla"  # as on accelerators; the CPU's own form makes one axis of batch and heads
     config.augment = dict(mean=(0.5,), std=(0.5,), mixup_alpha=0.5)
     # The keys' biases have a gradient of zero but for rounding, which Adam would blow up to whole updates.
     config.optim.update(dict(eps=1e-3, warmup_steps=0))

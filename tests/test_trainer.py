@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.helpers import metrics_lines, tiny_config
+from tests.helpers import Cut, metrics_lines, tiny_config
 from vit_flax.config import ConfigError
 from vit_flax.job import build
 from vit_flax.signals import EXIT_PREEMPTED
@@ -73,13 +73,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(finished, tmp_path, monkeypatc
 
     whole = job.Job.train_batches
 
-    def cut(self, start_step):
-        for number, batch in enumerate(whole(self, start_step)):
-            if number == 7:
-                raise Killed
-            yield batch
-
-    monkeypatch.setattr(job.Job, "train_batches", cut)
+    monkeypatch.setattr(job.Job, "train_batches", lambda self, start: Cut(whole(self, start), 7, Killed))
     with pytest.raises(Killed):
         train(config, tmp_path)
     monkeypatch.undo()

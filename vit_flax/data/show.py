@@ -39,6 +39,8 @@ def show(config: Any, out: str | Path, *, step: int = 0, max_images: int = 32) -
       ValueError: the config cannot be run, or `out` is no .png file in a folder that exists.
       OSError: `out` cannot be written.
     """
+    import jax
+
     from vit_flax.job import build
 
     out = Path(out).expanduser()
@@ -46,7 +48,7 @@ def show(config: Any, out: str | Path, *, step: int = 0, max_images: int = 32) -
         raise ValueError(f"--out={out} must be a .png file in a folder that exists")
     if step < 0 or max_images < 1:
         raise ValueError(f"--step={step} must not be negative, and --max_images={max_images} at least 1")
-    job = build(config)
+    job = build(config, devices=jax.devices()[:1])
     grids, lines = [], []
     for title, (images, targets, pixels) in (
         (f"training, step {step}: batch of {job.data.batch_size}", _train_batch(job, step)),
