@@ -1,7 +1,14 @@
-"""What a config would train: parameters, arithmetic, memory and steps, without training."""
+"""What a config would train: parameters and their places, arithmetic, memory and communication, without training.
+
+The training step is compiled and not run, so the devices need not be there: `--virtual_devices 8` compiles for eight
+CPUs on a laptop, and `--topology v5e:2x4` for eight TPU chips with the real TPU compiler (`pip install libtpu`).
+"""
 
 import json
-from collections import defaultdict
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,6 +16,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from vit_flax import sharding
+from vit_flax.checksums import by_path
+from vit_flax.chips import CHIPS, GIB
+from vit_flax.collectives import Collective, collectives
+from vit_flax.config import ConfigError
 from vit_flax.job import Job, build
 from vit_flax.models.flops import forward_flops
 from vit_flax.typing import PyTree
@@ -16,33 +28,88 @@ from vit_flax.typing import PyTree
 MIB = 2**20
 
 
-def dry_run(config: Any) -> None:
-    """Prints the tables for a config. Raises ConfigError as `job.build` does."""
-    job = build(config)
-    console = Console(width=None if Console().is_terminal else 110)
+def dry_run(config: Any, topology: str | None = None) -> None:
+    """Prints the tables for a config.
+
+    Args:
+      config: as in `job.build`.
+      topology: TPU chips to compile for, such as "v5e:2x4"; None for the devices that are here.
+
+    Raises: ConfigError: as `job.build`, or a topology that cannot be compiled for.
+    """
+    job = build(config, tpu_topology(topology) if topology else None)
+    console = Console(width=None if Console().is_terminal else 120)
     console.print(json.dumps(job.config, indent=2), highlight=False, markup=False)
-    console.print(_parameter_table(jax.eval_shape(job.init).params))
+    console.print(_parameter_table(job))
     console.print(_facts_table(job))
+    try:
+        compiled = compile_step(job)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        console.print(_does_not_fit(str(error).splitlines()[0]), highlight=False, markup=False, soft_wrap=True)
+        return
+    console.print(_memory_table(job, compiled))
+    console.print(_communication_table(collectives(compiled.as_text(), job.mesh)))
+    console.print(fits(job, compiled), highlight=False, markup=False, soft_wrap=True)
 
 
-def _parameter_table(params: PyTree) -> Table:
-    """One row per module, with the shapes of its parameters."""
-    modules: dict[str, list[tuple[str, Any]]] = defaultdict(list)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        module, _, name = jax.tree_util.keystr(path, simple=True, separator="/").rpartition("/")
-        modules[module].append((name, leaf))
-    table = Table("module", "parameters", "shapes", title="Parameters", title_justify="left")
-    for module, leaves in modules.items():
-        shapes = "  ".join(f"{name} {list(leaf.shape)}" for name, leaf in leaves)
-        table.add_row(module, f"{sum(leaf.size for _, leaf in leaves):,}", shapes)
-    table.add_row("total", f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,}", "", style="bold")
+def tpu_topology(name: str) -> Sequence[Any]:
+    """The chips of a TPU slice that is not here, such as "v5e:2x4" or "v5p:2x2x2"; they can only be compiled for.
+
+    Raises: ConfigError: libtpu is not installed, or there is no such slice.
+    """
+    from jax.experimental import topologies
+
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU machine to ask
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    except Exception as error:  # a missing library, an unknown name: each has an error of its own
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"--topology {name}: {reason}\nIt needs the TPU compiler (pip install libtpu, in the version that "
+            "jax[tpu] asks for), and a name such as v5e:2x4, v5e:16x16 or v5p:2x2x2."
+        ) from error
+
+
+def compile_step(job: Job) -> Any:
+    """The compiled training step; nothing is allocated."""
+    rows, b = sharding.batch_sharding(job.mesh), job.data.batch_size
+    label = np.shape(job.data.train_source[0]["label"])  # () or, of data with several labels, (v,)
+    kinds = {
+        "image": (job.data.image_shape, np.uint8),
+        "label": (label, np.uint8 if label else np.int32),
+        "mask": ((), np.bool_),
+    }
+    batch = {k: jax.ShapeDtypeStruct((b, *shape), dtype, sharding=rows) for k, (shape, dtype) in kinds.items()}
+    return job.train_step().lower(job.abstract_state(), batch).compile()
+
+
+def _parameter_table(job: Job) -> Table:
+    """One row per parameter; those that the blocks of a loop have alike in one."""
+    params = by_path(job.abstract_state().params)
+    alike = Counter(re.sub(r"block_\d+", "block_*", path) for path in params)
+    shown = {re.sub(r"block_\d+", "block_*", path): leaf for path, leaf in params.items()}
+    several = job.mesh.size > 1
+    table = Table("parameter", "shape", "number", title="Parameters", title_justify="left")
+    if several:
+        table.add_column("cut along")
+        table.add_column("MiB per device", justify="right")
+    for path, leaf in shown.items():
+        times = f"{alike[path]} x " if alike[path] > 1 else ""
+        row = [path, f"{times}{list(leaf.shape)}", f"{alike[path] * leaf.size:,}"]
+        if several:
+            axes = ", ".join(axis or "-" for axis in leaf.sharding.spec)
+            own = alike[path] * sharding.bytes_per_device(leaf, leaf.sharding)
+            row += [axes if leaf.sharding.spec and any(leaf.sharding.spec) else "whole", f"{own / MIB:,.3f}"]
+        table.add_row(*row)
+    total = sum(leaf.size for leaf in params.values())
+    last = [f"{_own(job.abstract_state().params) / MIB:,.3f}"] if several else []
+    table.add_row("total ", "", f"{total:,}", *([""] if several else []), *last, style="bold")
     return table
 
 
 def _facts_table(job: Job) -> Table:
-    abstract = jax.eval_shape(job.init)
-    batch = jax.eval_shape(lambda: _fake_batch(job))
-    memory = job.train_step().lower(abstract, batch).compile().memory_analysis()
     h, w, c = job.data.image_shape
     ph, pw = (job.model.patch_size,) * 2 if isinstance(job.model.patch_size, int) else job.model.patch_size
     flops = forward_flops(job.model, (h // ph, w // pw), channels=c)
@@ -52,20 +119,84 @@ def _facts_table(job: Job) -> Table:
     table.add_row("examples", f"{job.data.num_train:,} for training, {job.data.num_classes} classes")
     epochs = job.run.total_steps * job.data.batch_size / job.data.num_train
     table.add_row("steps", f"{job.run.total_steps:,} of {job.data.batch_size} images = {epochs:,.1f} epochs")
-    parts = {"parameters": abstract.params, "optimiser": abstract.opt_state, "moving average": abstract.ema}
-    sizes = "  ".join(f"{name} {_mib(tree)}" for name, tree in parts.items() if tree is not None)
-    table.add_row("memory", f"{sizes}  activations and gradients {memory.temp_size_in_bytes / MIB:,.1f} MiB")
-    table.add_row("devices", f"{jax.device_count()} x {jax.devices()[0].device_kind}")
+    mesh = " x ".join(f"{axis} {size}" for axis, size in job.mesh.shape.items())
+    devices = job.mesh.devices.flat
+    processes = len({device.process_index for device in devices})
+    table.add_row("devices", f"{job.mesh.size} x {devices[0].device_kind} in {processes} processes; {mesh}")
     return table
 
 
-def _fake_batch(job: Job) -> dict[str, jax.Array]:
-    b = job.data.batch_size
-    zeros = {"image": np.zeros((b, *job.data.image_shape), np.uint8)}
-    labels = {"label": np.zeros((b,), np.int32), "mask": np.ones((b,), bool)}
-    return jax.tree.map(jax.numpy.asarray, zeros | labels)
+def _memory_table(job: Job, compiled: Any) -> Table:
+    state, memory = job.abstract_state(), compiled.memory_analysis()
+    table = Table(show_header=False, box=None, title="Memory per device", title_justify="left")
+    parts = {"parameters": state.params, "optimiser": state.opt_state, "moving average": state.ema}
+    for name, tree in parts.items():
+        table.add_row(name, f"{_own(tree) / MIB:12,.1f} MiB")
+    gradients = _own(state.params)
+    rest = memory.temp_size_in_bytes - gradients
+    table.add_row("gradients", f"{gradients / MIB:12,.1f} MiB")
+    table.add_row("activations", f"{max(rest, 0) / MIB:12,.1f} MiB  with gathered layers and workspace")
+    table.add_row("in all", f"{needed_bytes(compiled) / MIB:12,.1f} MiB  as compiled, with the batch", style="bold")
+    return table
 
 
-def _mib(tree: PyTree) -> str:
-    leaves = [x for x in jax.tree.leaves(tree) if not jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key)]
-    return f"{sum(x.size * x.dtype.itemsize for x in leaves) / MIB:,.1f} MiB"
+def _communication_table(found: Sequence[Collective]) -> Table:
+    """Per kind, mesh axes and place: how often in a step, and what one device sends."""
+    table = Table("between devices", "along", "where", title="Communication per step", title_justify="left")
+    table.add_column("times", justify="right")
+    table.add_column("MiB of arrays", justify="right")
+    table.add_column("MiB sent per device", justify="right")
+    rows: dict[tuple[str, str, str], list[float]] = {}
+    for c in found:
+        where = "in a loop" if c.in_loop else "once"
+        row = rows.setdefault((c.kind, " x ".join(c.axes) or "pairs", where), [0, 0, 0])
+        for i, value in enumerate((c.times, c.times * c.num_bytes, c.times * c.sent_bytes)):
+            row[i] += value
+    for key, (times, whole, sent) in sorted(rows.items(), key=lambda item: -item[1][2]):
+        table.add_row(*key, f"{times:,}", f"{whole / MIB:,.3f}", f"{sent / MIB:,.3f}")
+    if not rows:
+        table.add_row("none", "", "", "0", "0", "0")
+    return table
+
+
+def needed_bytes(compiled: Any) -> int:
+    """Memory of one device while the step runs: its arguments, results that take no argument's place, and the rest."""
+    m = compiled.memory_analysis()
+    return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+
+
+def fits(job: Job, compiled: Any) -> str:
+    """One line: whether the step fits the memory of the devices."""
+    device = job.mesh.devices.flat[0]
+    needed, limit = needed_bytes(compiled), memory_limit(device, job.mesh.size)
+    if limit is None:
+        return f"Needs {needed / GIB:,.2f} GiB; how much a {device.device_kind} has is not known here."
+    num_bytes, what = limit
+    if needed > num_bytes:
+        return _does_not_fit(f"needs {needed / GIB:,.2f} GiB of {num_bytes / GIB:,.2f} GiB {what}")
+    return f"Fits: {needed / GIB:,.2f} GiB of {num_bytes / GIB:,.2f} GiB {what}."
+
+
+def _does_not_fit(reason: str) -> str:
+    return (
+        f"DOES NOT FIT: {reason}.\nWhat helps: a larger mesh.fsdp, model.remat='dots' or 'full', run.accumulate_steps, "
+        "a smaller data.batch_size, model.dtype='bfloat16'."
+    )
+
+
+def memory_limit(device: Any, num_devices: int) -> tuple[int, str] | None:
+    """Bytes that a program may use on one of the devices, and what they are; None where nobody knows."""
+    if device.platform == "cpu":
+        host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return host // num_devices, f"(the memory of this host, shared by {num_devices})"
+    stats = device.memory_stats() if device in jax.devices() else None
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"], f"that JAX may use of a {device.device_kind}"
+    if device.device_kind in CHIPS:
+        return CHIPS[device.device_kind].memory_bytes, f"of a {device.device_kind} by its data sheet"
+    return None
+
+
+def _own(tree: PyTree) -> int:
+    """Bytes of a tree of `jax.ShapeDtypeStruct`s on one device."""
+    return sharding.bytes_per_device(tree, jax.tree.map(lambda x: x.sharding, tree))

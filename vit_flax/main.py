@@ -45,6 +45,9 @@ _SHUTDOWN_TIMEOUT = flags.DEFINE_integer(
 _VIRTUAL_DEVICES = flags.DEFINE_integer(
     "virtual_devices", None, "Runs on the CPU as if it were so many devices (per process).", lower_bound=1
 )
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "With --mode dry_run: compiles for TPU chips that are not here, such as v5e:2x4 (needs libtpu)."
+)
 
 
 def main(argv: list[str]) -> None:
@@ -60,6 +63,8 @@ def main(argv: list[str]) -> None:
         _stop("--config is needed, such as --config configs/digits.py.")
     if _MODE.value != "dry_run" and not _WORKDIR.value:
         _stop("--workdir is needed: a folder for checkpoints and metrics.")
+    if _TOPOLOGY.value and _MODE.value != "dry_run":
+        _stop("--topology is for --mode dry_run: its devices are not here.")
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
     from vit_flax import distributed
 
@@ -89,7 +94,7 @@ def _run(config: ConfigDict) -> None:
     distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, timeouts)
     enable_compilation_cache()
     if _MODE.value == "dry_run":
-        dry_run(config)
+        dry_run(config, _TOPOLOGY.value)
     else:
         {"train": train, "eval": evaluate}[_MODE.value](config, _WORKDIR.value)
 

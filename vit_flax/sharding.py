@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vit_flax.typing import PyTree
 
@@ -78,7 +78,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def everywhere(mesh: Mesh) -> NamedSharding:
+def everywhere(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Arrays that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
@@ -101,7 +101,7 @@ def spec_of(path: str, shape: Sequence[int]) -> tuple[str, PartitionSpec]:
     return pattern, PartitionSpec(*(None,) * (len(shape) - len(axes)), *axes)
 
 
-def param_shardings(params: PyTree, mesh: Mesh) -> dict[str, NamedSharding]:
+def param_shardings(params: PyTree, mesh: Mesh | AbstractMesh) -> dict[str, NamedSharding]:
     """Path -> where a parameter lies.
 
     Raises: ValueError: a mesh axis does not divide a dimension that it cuts; names all of them.
@@ -124,7 +124,7 @@ def param_shardings(params: PyTree, mesh: Mesh) -> dict[str, NamedSharding]:
     return out
 
 
-def state_sharding(abstract: PyTree, mesh: Mesh) -> PyTree:
+def state_sharding(abstract: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
     """A sharding for each leaf of a state.
 
     What the optimiser and the average keep per parameter lies like the parameter: its path ends in the parameter's and
