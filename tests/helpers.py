@@ -40,3 +40,19 @@ def csv_rows(workdir: Path, table: str) -> list[dict[str, str]]:
 
     with open(workdir / "csv" / f"{table}.csv", newline="") as file:
         return [{k: v for k, v in row.items() if f"{table}/{k}" not in CLOCK} for row in csv.DictReader(file)]
+
+
+def shrink(config: ConfigDict) -> ConfigDict:
+    """The same experiment with the smallest model and batches, and two steps; every feature that is on stays on."""
+    with config.unlocked():
+        config.model.update(dict(width=8, depth=2, mlp_dim=16, num_heads=2, head_dim=4))
+        config.data.update(dict(batch_size=8, eval_batch_size=8))
+        for section in (config.run, config.optim, config.checkpoint, *config.evals.values()):
+            for key in [k for k in section if k.endswith("_epochs")]:
+                del section[key]
+        config.run.update(dict(total_steps=2, log_every_steps=1))
+        config.optim.warmup_steps = 1
+        config.checkpoint.every_steps = 1
+        for section in config.evals.values():
+            section.every_steps = 1
+    return config

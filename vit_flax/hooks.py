@@ -1,4 +1,4 @@
-"""What happens between steps: things that are due every so often."""
+"""What happens between steps: things that are due every so often, and the profiler."""
 
 import time
 from collections.abc import Callable, Sequence

@@ -25,7 +25,7 @@ from vit_flax.checkpoint import Checkpoints, read_newest
 from vit_flax.checksums import checksums
 from vit_flax.job import build
 from vit_flax.train_log import CLOCK
-from vit_flax.trainer import restore_or_init, state_target
+from vit_flax.trainer import restore_or_init
 
 PRELOAD = (
     "vit_flax.lives",
@@ -169,7 +169,7 @@ class Reference:
     def __init__(self, lives: Lives, config: dict[str, Any]):
         self.config, self._total_steps = config, config["run"]["total_steps"]
         job = build(config)
-        self._target, self._identity = state_target(job), job.identity()
+        self._target, self._identity = job.abstract_state(), job.identity()
         self.sums: list[dict[str, int]] = []
         with tempfile.TemporaryDirectory() as empty, Checkpoints(empty) as checkpoints:
             state = restore_or_init(job, checkpoints).state

@@ -1,17 +1,17 @@
 """Accuracy, loss and calibration of a classifier on a split, each example counted once."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vit_flax import metrics
 from vit_flax.evals.samples import Samples
 from vit_flax.evals.weights import Figures, one_late, raw_and_average
-from vit_flax.sharding import local_rows
+from vit_flax.sharding import data_shard, local_rows
 from vit_flax.step import TrainState
 from vit_flax.typing import Array, PyTree
 
@@ -45,6 +45,7 @@ class Classification:
         num_classes: int,
     ):
         self._batches, self._put, self._num_classes = batches, put, num_classes
+        self._shard = data_shard(cast(Mesh, rows.mesh))
         self.details: dict[str, Any] = {}
 
         def measure(params: PyTree, batch: dict[str, Array]) -> tuple[dict[str, Array], tuple[Array, Array]]:
@@ -61,7 +62,7 @@ class Classification:
         return raw_and_average(state, self._evaluate)
 
     def _evaluate(self, params: PyTree) -> Figures:
-        total, samples = None, Samples(self._num_classes)
+        total, samples = None, Samples(self._num_classes, self._shard)
         for batch, (sums, ranked) in one_late(lambda b: self._measure(params, b), self._batches(), self._put):
             total = metrics.add_sums(total, sums)
             samples.add(batch, *map(local_rows, ranked))

@@ -4,7 +4,6 @@ import base64
 import io
 from typing import Any
 
-import jax
 import numpy as np
 from PIL import Image
 
@@ -18,9 +17,11 @@ class Samples:
 
     Args:
       num_classes: right predictions are spread over the classes.
+      shard: which part of every batch this process has, and how many parts there are.
     """
 
-    def __init__(self, num_classes: int):
+    def __init__(self, num_classes: int, shard: tuple[int, int] = (0, 1)):
+        self._shard, self._num_shards = shard
         self._per_class = max(1, NUM_RIGHT // num_classes)
         self._right: list[dict[str, Any]] = []
         self._wrong: list[dict[str, Any]] = []
@@ -38,7 +39,7 @@ class Samples:
         surest = sorted(np.flatnonzero(mask & ~hits).tolist(), key=lambda i: -probabilities[i, 0])[:NUM_WRONG]
         self._wrong += [self._sample(batch, i, probabilities, classes) for i in surest]
         self._wrong = sorted(self._wrong, key=lambda sample: -sample["probabilities"][0])[:NUM_WRONG]
-        self._row += len(labels)
+        self._row += len(labels) * self._num_shards
 
     def chosen(self) -> list[dict[str, Any]]:
         """The wrong ones, surest first, then the right ones; `image` is uint8 [h, w, c]."""
@@ -46,7 +47,7 @@ class Samples:
 
     def _sample(self, batch: dict[str, np.ndarray], i: int, probabilities: np.ndarray, classes: np.ndarray) -> dict:
         return {
-            "row": (self._row + i) * jax.process_count() + jax.process_index(),
+            "row": self._row + self._shard * len(batch["label"]) + i,
             "label": int(batch["label"][i]),
             "classes": classes[i].tolist(),
             "probabilities": probabilities[i].tolist(),
