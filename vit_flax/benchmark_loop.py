@@ -24,6 +24,7 @@ from ml_collections import config_flags
 
 from vit_flax.cache import enable_compilation_cache
 from vit_flax.config import plain
+from vit_flax.data import Ahead
 from vit_flax.job import Job, build
 from vit_flax.signals import StopSignal
 from vit_flax.trainer import train_job
@@ -91,6 +92,21 @@ class Turns:
         self.spent[kind].append((time.perf_counter() - clock, time.process_time() - cpu))
 
 
+class TimedBatches(Iterator[dict[str, jax.Array]]):
+    """Batches that take turns with bare steps; what they count is counted as before."""
+
+    def __init__(self, turns: Turns, batches: Ahead):
+        self._batches, self._turns = batches, turns.wrap_batches(batches)
+
+    def __next__(self) -> dict[str, jax.Array]:
+        return next(self._turns)
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """As `Ahead.counts`."""
+        return self._batches.counts
+
+
 @dataclasses.dataclass(frozen=True)
 class TimedJob(Job):
     """A job whose steps and batches go through `turns`."""
@@ -101,9 +117,9 @@ class TimedJob(Job):
         """As `Job.train_step`."""
         return self.turns.wrap_step(super().train_step())
 
-    def train_batches(self, start_step: int) -> Iterator[dict[str, jax.Array]]:
+    def train_batches(self, start_step: int) -> Any:
         """As `Job.train_batches`."""
-        return self.turns.wrap_batches(super().train_batches(start_step))
+        return TimedBatches(self.turns, super().train_batches(start_step))
 
 
 def measure(config: dict[str, Any], *, windows: int, steps: int, log_every_steps: int) -> dict[str, Any]:
