@@ -29,12 +29,6 @@ from vit_flax.job import Job, build
 from vit_flax.signals import StopSignal
 from vit_flax.trainer import train_job
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py", "The experiment.")
-_STEP_MS = flags.DEFINE_float("step_ms", 20.0, "Time that a bare step should take; the batch size follows.")
-_WINDOWS = flags.DEFINE_integer("windows", 30, "Windows of the loop, and of bare steps.")
-_STEPS = flags.DEFINE_integer("steps", 50, "Steps of a window.")
-_LOG_EVERY = flags.DEFINE_integer("log_every_steps", 50, "Steps between two lines of the log.")
-
 WARMUP_STEPS = 10
 
 
@@ -167,13 +161,18 @@ def main(_: list[str]) -> None:
     """Finds the batch size, measures, prints."""
     logging.set_verbosity(logging.WARNING)
     enable_compilation_cache()
-    config = plain(_CONFIG.value)
+    given, config = flags.FLAGS, plain(flags.FLAGS.config)
     trial = measure(config, windows=3, steps=10, log_every_steps=10)
-    scaled = config["data"]["batch_size"] * _STEP_MS.value / trial["bare_step_ms"]
+    scaled = config["data"]["batch_size"] * given.step_ms / trial["bare_step_ms"]
     batch_size = max(1, round(scaled / jax.device_count())) * jax.device_count()
     config = config | {"data": config["data"] | {"batch_size": batch_size}}
-    print(json.dumps(measure(config, windows=_WINDOWS.value, steps=_STEPS.value, log_every_steps=_LOG_EVERY.value)))
+    print(json.dumps(measure(config, windows=given.windows, steps=given.steps, log_every_steps=given.log_every_steps)))
 
 
 if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", "configs/digits.py", "The experiment.")
+    flags.DEFINE_float("step_ms", 20.0, "Time that a bare step should take; the batch size follows.")
+    flags.DEFINE_integer("windows", 40, "Windows of each kind.")
+    flags.DEFINE_integer("steps", 25, "Steps of a window.")
+    flags.DEFINE_integer("log_every_steps", 25, "Steps between two lines of the log.")
     app.run(main)
