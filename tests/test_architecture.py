@@ -29,6 +29,10 @@ MAY_IMPORT = {
     "vit_flax.config": {"vit_flax.typing", "ml_collections"},
     "vit_flax.convert": NUMERIC | {"vit_flax.models", "vit_flax.convert", "safetensors", "absl", "rich", "PIL"},
 }
+MAY_IMPORT["vit_flax.sinks"] = {"numpy", "PIL", "tensorboardX", "wandb", "mlflow", "vit_flax.sinks", "vit_flax.files"}
+MAY_IMPORT["vit_flax.report"] = {"absl", "vit_flax.report", "vit_flax.files", "vit_flax.config"}  # reads files only
+MAY_IMPORT["vit_flax.pictures"] = {"numpy", "PIL"}
+MAY_IMPORT["vit_flax.peak"] = NUMERIC
 # A run of ours is a source of weights like any other: one file of the converter reads its checkpoints.
 MAY_IMPORT["vit_flax.convert.workdir"] = MAY_IMPORT["vit_flax.convert"] | {"vit_flax.checkpoint"}
 # The comparison with other libraries imports them, and only inside functions.

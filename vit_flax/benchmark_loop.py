@@ -24,15 +24,10 @@ from ml_collections import config_flags
 
 from vit_flax.cache import enable_compilation_cache
 from vit_flax.config import plain
+from vit_flax.data import Ahead
 from vit_flax.job import Job, build
 from vit_flax.signals import StopSignal
 from vit_flax.trainer import train_job
-
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py", "The experiment.")
-_STEP_MS = flags.DEFINE_float("step_ms", 20.0, "Time that a bare step should take; the batch size follows.")
-_WINDOWS = flags.DEFINE_integer("windows", 30, "Windows of the loop, and of bare steps.")
-_STEPS = flags.DEFINE_integer("steps", 50, "Steps of a window.")
-_LOG_EVERY = flags.DEFINE_integer("log_every_steps", 50, "Steps between two lines of the log.")
 
 WARMUP_STEPS = 10
 
@@ -91,6 +86,21 @@ class Turns:
         self.spent[kind].append((time.perf_counter() - clock, time.process_time() - cpu))
 
 
+class TimedBatches(Iterator[dict[str, jax.Array]]):
+    """Batches that take turns with bare steps; what they count is counted as before."""
+
+    def __init__(self, turns: Turns, batches: Ahead):
+        self._batches, self._turns = batches, turns.wrap_batches(batches)
+
+    def __next__(self) -> dict[str, jax.Array]:
+        return next(self._turns)
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """As `Ahead.counts`."""
+        return self._batches.counts
+
+
 @dataclasses.dataclass(frozen=True)
 class TimedJob(Job):
     """A job whose steps and batches go through `turns`."""
@@ -101,9 +111,9 @@ class TimedJob(Job):
         """As `Job.train_step`."""
         return self.turns.wrap_step(super().train_step())
 
-    def train_batches(self, start_step: int) -> Iterator[dict[str, jax.Array]]:
+    def train_batches(self, start_step: int) -> Any:
         """As `Job.train_batches`."""
-        return self.turns.wrap_batches(super().train_batches(start_step))
+        return TimedBatches(self.turns, super().train_batches(start_step))
 
 
 def measure(config: dict[str, Any], *, windows: int, steps: int, log_every_steps: int) -> dict[str, Any]:
@@ -151,13 +161,18 @@ def main(_: list[str]) -> None:
     """Finds the batch size, measures, prints."""
     logging.set_verbosity(logging.WARNING)
     enable_compilation_cache()
-    config = plain(_CONFIG.value)
+    given, config = flags.FLAGS, plain(flags.FLAGS.config)
     trial = measure(config, windows=3, steps=10, log_every_steps=10)
-    scaled = config["data"]["batch_size"] * _STEP_MS.value / trial["bare_step_ms"]
+    scaled = config["data"]["batch_size"] * given.step_ms / trial["bare_step_ms"]
     batch_size = max(1, round(scaled / jax.device_count())) * jax.device_count()
     config = config | {"data": config["data"] | {"batch_size": batch_size}}
-    print(json.dumps(measure(config, windows=_WINDOWS.value, steps=_STEPS.value, log_every_steps=_LOG_EVERY.value)))
+    print(json.dumps(measure(config, windows=given.windows, steps=given.steps, log_every_steps=given.log_every_steps)))
 
 
 if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", "configs/digits.py", "The experiment.")
+    flags.DEFINE_float("step_ms", 20.0, "Time that a bare step should take; the batch size follows.")
+    flags.DEFINE_integer("windows", 40, "Windows of each kind.")
+    flags.DEFINE_integer("steps", 25, "Steps of a window.")
+    flags.DEFINE_integer("log_every_steps", 25, "Steps between two lines of the log.")
     app.run(main)

@@ -28,7 +28,7 @@ from vit_flax.evals import EVALS
 from vit_flax.evals.hook import EvaluationHook
 from vit_flax.files import write_atomically
 from vit_flax.finetune import FromScratch, Init, Start
-from vit_flax.hooks import Every, Hook, Profile
+from vit_flax.hooks import Every, Hook, Profile, check_profile_steps
 from vit_flax.losses import LOSSES
 from vit_flax.models import make_model
 from vit_flax.models.flops import forward_flops
@@ -75,6 +75,13 @@ class Run:
     profile_steps: Sequence[int] | None = None
     max_skipped_steps: int = 10
     dump_bad_batches: int = 0
+
+    def __post_init__(self) -> None:
+        if self.log_every_steps < 1:
+            raise ValueError(f"{self.log_every_steps=} must be at least 1.")
+        peak.check(self.peak_tflops)
+        if self.profile_steps is not None:
+            check_profile_steps(self.profile_steps, self.total_steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -356,7 +363,8 @@ def build(config: Config, devices: Sequence[Any] | None = None) -> Job:
     sections = {name: in_steps(name, section, steps_per_epoch) for name, section in given.items()}
     for name, section in sections.items():
         _check(name, section)
-    run = Run(**sections["run"])
+    with _named("run"):
+        run = Run(**sections["run"])
     with _named("mesh"):
         mesh = sharding.make_mesh(**sections["mesh"], devices=devices)
     with _named("data"):
@@ -372,6 +380,9 @@ def build(config: Config, devices: Sequence[Any] | None = None) -> Job:
         sections=sections,
         hparams=hparams_of(sections),
     )
+    for name in ("checkpoint", *(f"evals.{name}" for name in config["evals"])):
+        with _named(name):
+            job.every(name, lambda step, state: None)
     with _named("the config"):
         abstract = jax.eval_shape(job.init)
     with _named("mesh"):

@@ -1,6 +1,5 @@
 """Pictures for people: a grid of images with captions, and a confusion matrix."""
 
-import io
 import math
 from collections.abc import Sequence
 
@@ -53,13 +52,6 @@ def to_image(image: np.ndarray, side_px: int) -> Image.Image:
     scale = side_px / max(h, w)
     size = (max(1, round(w * scale)), max(1, round(h * scale)))
     return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
-
-
-def png(image: Image.Image) -> bytes:
-    """The picture as a file."""
-    file = io.BytesIO()
-    image.save(file, "PNG", optimize=True)
-    return file.getvalue()
 
 
 def confusion(matrix: np.ndarray, class_names: Sequence[str]) -> np.ndarray:

@@ -10,10 +10,11 @@ import jax
 
 from vit_flax import distributed, workdir
 from vit_flax.bad_steps import Diverged
-from vit_flax.checkpoint import CheckpointMismatch, Checkpoints, Restored, SaveFailed, load_params
+from vit_flax.checkpoint import CheckpointMismatch, Checkpoints, Restored, SaveFailed, load_params, read_newest
 from vit_flax.checksums import differences, shapes
 from vit_flax.config import Config, plain
 from vit_flax.job import Job, build
+from vit_flax.optim import keeps_average
 from vit_flax.report import write_report
 from vit_flax.signals import EXIT_PREEMPTED, Interrupted, StopSignal
 from vit_flax.step import TrainState
@@ -187,22 +188,31 @@ def evaluate(config: Config, workdir_path: str | Path) -> dict[str, float]:
     """
     folder = Path(workdir_path).absolute()
     job = build(workdir.completed(folder, config))
+    step, state = _state_to_evaluate(job, folder)
+    results: dict[str, float] = {}
+    with job.writer(None, start_step=0) as writer:
+        for hook in job.evaluations(writer, None, results, StopSignal()).values():
+            hook(job.run.total_steps, state)
+    print_results(writer.console, {"step": float(step), **results}, workdir.places(folder))
+    return results
+
+
+def _state_to_evaluate(job: Job, folder: Path) -> tuple[int, TrainState]:
+    """What evaluations read of the newest checkpoint: the parameters, and the optimiser where it keeps the average."""
     saved = load_params(folder)
     workdir.check(folder, job.config)
     target = job.abstract_state()
+    if keeps_average(target.opt_state):
+        whole = read_newest(folder / "checkpoints", target, identity=job.identity())
+        assert whole is not None  # `load_params` has found one
+        return whole.step, whole.state
     if diff := differences(shapes(saved.params), shapes(target.params)):
         rows = "\n".join(f"  {name}: checkpoint {theirs}, now {ours}" for name, (theirs, ours) in diff.items())
         raise CheckpointMismatch(f"Checkpoint {saved.step} in {folder} has other parameters than the model:\n{rows}")
     ema = load_params(folder, step=saved.step, ema=True).params if target.ema is not None else None
     places = jax.tree.map(lambda x: x.sharding, (target.params, target.ema))
     params, ema = jax.device_put((saved.params, ema), places)
-    state = jax.tree.map(lambda _: None, target).replace(step=saved.step, params=params, ema=ema)
-    results: dict[str, float] = {}
-    with job.writer(None, start_step=0) as writer:
-        for hook in job.evaluations(writer, None, results, StopSignal()).values():
-            hook(job.run.total_steps, state)
-    print_results(writer.console, {"step": float(saved.step), **results}, workdir.places(folder))
-    return results
+    return saved.step, jax.tree.map(lambda _: None, target).replace(step=saved.step, params=params, ema=ema)
 
 
 def restore_or_init(job: Job, checkpoints: Checkpoints) -> Restored:

@@ -14,7 +14,8 @@ from vit_flax.report.charts import Series, line_chart, number
 
 Line = Mapping[str, Any]
 
-MAX_TABLE_CLASSES = 30  # a larger confusion matrix is shown as a picture, a longer table of classes cut
+MAX_TABLE_CLASSES = 30  # a larger confusion matrix is shown as a picture, a longer table of classes folded up
+MAX_CLASSES = 1000  # rows of the table, folded up or not
 
 # Metric -> title, whether its axis is logarithmic, a note for charts with several curves.
 LEARNING = {
@@ -220,8 +221,10 @@ def _classes(details: Line) -> str:
     titles = "".join(f"<th>{title}</th>" for title in head)
     start = f'<table class="classes"><thead><tr><th>class</th><th>examples</th>{titles}</tr></thead>'
     table = f"{start}{''.join(rows[:MAX_TABLE_CLASSES])}</table>"
-    if rest := rows[MAX_TABLE_CLASSES:]:
+    if rest := rows[MAX_TABLE_CLASSES:MAX_CLASSES]:
         table += f"<details><summary>{len(rest):,} more classes</summary>{start}{''.join(rest)}</table></details>"
+    if len(rows) > MAX_CLASSES:
+        table += f'<p class="note">And {len(rows) - MAX_CLASSES:,} better ones, in the JSON file of the evaluation.</p>'
     return f'<div><h3>Classes</h3><p class="note">The lowest first.</p>{table}</div>'
 
 
