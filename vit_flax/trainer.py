@@ -154,7 +154,7 @@ class Loop:
         )
 
     def _progress(self) -> dict[str, Any]:
-        interval = jax.tree.map(lambda x: x.item(), jax.device_get(self._interval))
+        interval = jax.tree.map(float, jax.device_get(self._interval))
         return {
             "interval": interval,
             "latest": self._latest,
