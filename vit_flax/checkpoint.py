@@ -20,7 +20,9 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
+from vit_flax import distributed
 from vit_flax.checkpoint_record import (
     RECORD,
     RecordHandler,
@@ -101,9 +103,10 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         self._on_error, self._compress = on_error, compress
         self._policy = Keep(keep_last, keep_every_steps, best_metric, best_mode)
-        for step in steps_in(self.directory):
+        for step in distributed.from_main(steps_in(self.directory)):
             try:
-                self._policy.metrics[step] = read_record(self.directory / str(step))["metrics"]
+                with distributed.agreed(f"reading the record of checkpoint {step}"):
+                    self._policy.metrics[step] = read_record(self.directory / str(step))["metrics"]
             except FileNotFoundError:
                 continue  # half deleted by a process that was killed: may go
             except OSError as error:
@@ -180,8 +183,10 @@ class Checkpoints:
         """Replaces what a checkpoint says about its step, when the evaluations at it were finished later."""
         self.wait()
         path = self.directory / str(step)
-        record = {**read_record(path), "metrics": dict(metrics), "progress": dict(progress)}
-        write_atomically(path / RECORD / RECORD, sealed(record))
+        with distributed.agreed(f"amending checkpoint {step}"):
+            record = {**read_record(path), "metrics": dict(metrics), "progress": dict(progress)}
+            if distributed.is_main():
+                write_atomically(path / RECORD / RECORD, sealed(record))
         self._policy.metrics[step] = record["metrics"]
 
     def would_be_best(self, metrics: Mapping[str, float]) -> bool:
@@ -217,13 +222,15 @@ class Checkpoints:
     def _set_aside(self, damaged: Sequence[int]) -> None:
         """Moves damaged steps away, where they can be looked at, so that the run may write them anew."""
         for step in damaged:
-            place = self.directory / "damaged" / str(step)
-            while place.exists():
-                place = place.with_name(place.name + "+")
-            place.parent.mkdir(exist_ok=True)
-            (self.directory / str(step)).rename(place)
+            with distributed.agreed(f"moving checkpoint {step} away"):
+                if distributed.is_main():
+                    place = self.directory / "damaged" / str(step)
+                    while place.exists():
+                        place = place.with_name(place.name + "+")
+                    place.parent.mkdir(exist_ok=True)
+                    (self.directory / str(step)).rename(place)
+                    log.error("Moved the damaged checkpoint %s to %s.", step, place)
             self._policy.forget(step)
-            log.error("Moved the damaged checkpoint %s to %s.", step, place)
         if damaged:
             self._manager.reload()
 
@@ -244,6 +251,8 @@ class Checkpoints:
 
     def _save_failed(self, error: Exception) -> None:
         step, self._writing = self._writing, None
+        if jax.process_count() > 1:  # the others may believe that all is well: the job has to end
+            raise SaveFailed(f"Checkpoint {step} could not be written to {self.directory}: {_reason(error)}") from error
         self._policy.forget(step)
         # The manager believes that the step exists and that older ones are deleted. A new one reads what is there, and
         # removes what was written of the step, which may be what fills the disk.
@@ -264,6 +273,8 @@ class Checkpoints:
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         """Waits until everything is on disk, whatever ended the run. Raises SaveFailed if the last save failed."""
+        if jax.process_count() > 1 and error is not None:
+            return  # the others may be gone, and finishing a save needs them all
         with contextlib.suppress(SaveFailed):
             self.wait()
         self._manager.close()
@@ -380,12 +391,13 @@ def _newest_whole(
     Raises: OSError: none can be read. CheckpointMismatch: as `read` does.
     """
     quieten()
-    steps = steps_in(directory)
+    steps = distributed.from_main(steps_in(directory))
     damaged: list[int] = []
     for step in reversed(steps):
         path = directory / str(step)
         try:
-            record = read_record(path)
+            with distributed.agreed("reading its record"):
+                record = read_record(path)
             return record, read(path, record), damaged
         except (CheckpointMismatch, MemoryError, PermissionError):
             raise
@@ -405,8 +417,9 @@ def _read_arrays(path: Path, record: Mapping[str, Any], target: PyTree) -> PyTre
     restore_args = jax.tree.map(_restore_arg, target)
     partial = len(by_path(target)) < len(record["shapes"])
     args = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=partial)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        tree = reader.restore(path / "state", args=args)
+    # The handler itself: Orbax's Checkpointer lets a process that has read wait for one that could not.
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader, distributed.agreed("reading the arrays"):
+        tree = reader.restore(epath.Path(path / "state"), args=args)
     found = checksums(tree)
     expected = {name: record["checksums"].get(name) for name in found}
     if damaged := differences(expected, found):

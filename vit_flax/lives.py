@@ -24,9 +24,9 @@ import jax
 from vit_flax.checkpoint import Checkpoints, read_newest
 from vit_flax.checksums import checksums
 from vit_flax.job import build
-from vit_flax.trainer import restore_or_init, state_target
+from vit_flax.train_log import CLOCK
+from vit_flax.trainer import restore_or_init
 
-CLOCK = ("train/images_per_sec", "train/data_wait_percent")  # metrics that depend on more than the computation
 PRELOAD = (
     "vit_flax.lives",
     "vit_flax.trainer",
@@ -169,7 +169,7 @@ class Reference:
     def __init__(self, lives: Lives, config: dict[str, Any]):
         self.config, self._total_steps = config, config["run"]["total_steps"]
         job = build(config)
-        self._target, self._identity = state_target(job), job.identity()
+        self._target, self._identity = job.abstract_state(), job.identity()
         self.sums: list[dict[str, int]] = []
         with tempfile.TemporaryDirectory() as empty, Checkpoints(empty) as checkpoints:
             state = restore_or_init(job, checkpoints).state

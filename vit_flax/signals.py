@@ -67,6 +67,11 @@ class StopSignal:
         """From here on there is something to save."""
         self._held = True
 
+    def reached(self, step: int) -> bool:
+        """Whether the run stops after this step."""
+        del step  # where several processes have to agree, it counts
+        return self.received is not None
+
     def until_received(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items, until a signal comes. Raises Interrupted."""
         for item in items:

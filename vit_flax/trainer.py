@@ -2,20 +2,21 @@
 
 import logging
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from vit_flax import sharding, workdir
+from vit_flax import distributed, workdir
 from vit_flax.bad_steps import Diverged
 from vit_flax.checkpoint import CheckpointMismatch, Checkpoints, Restored, SaveFailed, load_params
 from vit_flax.checksums import differences, shapes
-from vit_flax.config import Config
+from vit_flax.config import Config, plain
 from vit_flax.job import Job, build
+from vit_flax.report import write_report
 from vit_flax.signals import EXIT_PREEMPTED, Interrupted, StopSignal
 from vit_flax.step import TrainState
-from vit_flax.typing import PyTree
 from vit_flax.writer import Writer, print_results
 
 log = logging.getLogger(__name__)
@@ -37,19 +38,31 @@ def train(config: Config, workdir_path: str | Path) -> tuple[TrainState, dict[st
       OSError: no checkpoint is whole; SaveFailed: one could not be written.
       SystemExit: with `signals.EXIT_PREEMPTED`, after a signal to stop and a complete checkpoint.
     """
-    with StopSignal() as stop:
-        job = build(config)
-        folder = Path(workdir_path).absolute()
-        with workdir.lock(folder):
-            workdir.claim(folder, job.config)
-            with Checkpoints(str(folder / "checkpoints"), **job.checkpoint) as checkpoints:
-                start = restore_or_init(job, checkpoints)
-                with Writer(folder, start_step=start.step, total_steps=job.run.total_steps) as writer:
-                    loop = Loop(job, start, checkpoints, writer, folder, stop)
-                    loop.run()
+    with distributed.stop_signal() as stop:
+        job = build(workdir.completed(Path(workdir_path), config))
+        return train_job(job, workdir_path, stop, given=config)
+
+
+def train_job(
+    job: Job, workdir_path: str | Path, stop: StopSignal, *, given: Config | None = None
+) -> tuple[TrainState, dict[str, float]]:
+    """`train` for a job that is built, and perhaps changed, already; `given` is the config before it was completed."""
+    folder = Path(workdir_path).absolute()
+    with workdir.lock(folder) if distributed.is_main() else nullcontext():
+        if distributed.is_main():
+            workdir.claim(folder, job.config, given=plain(given or job.config), **job.for_readers())
+        with Checkpoints(str(folder / "checkpoints"), **job.checkpoint) as checkpoints:
+            start = restore_or_init(job, checkpoints)
+            with job.writer(folder, start_step=start.step) as writer:
+                loop = Loop(job, start, checkpoints, writer, stop)
+                loop.run()
+                if loop.finished:
+                    writer.finish(loop.results)
     if not loop.finished:
         writer.say(f"Stopped by {stop.received} after step {loop.step}; the same command goes on from there.")
         raise SystemExit(EXIT_PREEMPTED)
+    if writer.active:
+        write_report(folder)
     print_results(writer.console, loop.results, workdir.places(folder))
     return loop.state, loop.results
 
@@ -61,22 +74,18 @@ class Loop:
     checkpoints, that an uninterrupted one does.
     """
 
-    def __init__(
-        self, job: Job, start: Restored, checkpoints: Checkpoints, writer: Writer, folder: Path, stop: StopSignal
-    ):
-        self._job, self._checkpoints, self._stop = job, checkpoints, stop
+    def __init__(self, job: Job, start: Restored, checkpoints: Checkpoints, writer: Writer, stop: StopSignal):
+        self._job, self._checkpoints, self._writer, self._stop = job, checkpoints, writer, stop
         self.step, self.state = start.step, start.state
-        before = start.progress or {"interval": [], "latest": {}, "found": {}, "evaluated": True}
-        self._interval: list[PyTree] = before["interval"]  # metrics of the steps since the last line of the log
+        before = start.progress or {"interval": {}, "latest": {}, "found": {}, "evaluated": True}
         self._latest: dict[str, float] = before["latest"]  # of all evaluations
         self._found: dict[str, float] = before["found"]  # by the evaluations at this step
         self._evaluated: bool = before["evaluated"]  # all evaluations of this step are done
-        self._log = job.train_log(writer)
-        self._log.replay(self._interval)
-        self._bad_steps = job.bad_steps(folder, writer)
-        self._evaluations = dict(
-            zip(job.config["evals"], job.evaluations(writer, self._log, self._found, stop), strict=True)
-        )
+        self._log = job.train_log(writer, before["interval"])
+        self._bad_steps = job.bad_steps(writer)
+        self._evaluations = job.evaluations(writer, self._log, self._found, stop)
+        self._profile = job.profile(writer)
+        self._save_on_schedule = job.every("checkpoint", lambda *_: self._save())
 
     @property
     def finished(self) -> bool:
@@ -110,22 +119,23 @@ class Loop:
             self._evaluate()
             self._checkpoints.amend(self.step, metrics=self._found, progress=self._progress())
         step_fn, batches = job.train_step(), job.train_batches(self.step)
-        while self.step < total and not self._stop.received:
+        while not self._stop.reached(self.step) and self.step < total:
             waiting_since = time.perf_counter()
             batch = next(batches)
             waited_secs = time.perf_counter() - waiting_since
+            if self.step == 0:
+                job.draw(batch, self._writer)
             self.state, metrics = step_fn(self.state, batch)
             self.step += 1
             self._found.clear()
             self._evaluated = False
             self._bad_steps(self.step, batch, metrics)
-            self._interval.append(metrics)
-            self._log(self.step, metrics, waited_secs)
-            if self.step % job.run.log_every_steps == 0:
-                self._interval.clear()
+            self._log(self.step, {**metrics, **batches.counts}, waited_secs)
+            self._profile(self.step, self.state)
             self._evaluate()
-            if self._save_is_due():
+            if self._checkpoints.would_be_best(self._found):
                 self._save()
+            self._save_on_schedule(self.step, self.state)
             self._checkpoints.check()
         self._bad_steps.flush()
 
@@ -138,12 +148,7 @@ class Loop:
         self._latest.update(self._found)
         self._evaluated = True
 
-    def _save_is_due(self) -> bool:
-        every = self._job.save_every_steps
-        return (bool(every) and self.step % every == 0) or self._checkpoints.would_be_best(self._found)
-
     def _save(self) -> None:
-        self._log.flush()  # what the checkpoint takes for written is written
         self._checkpoints.save(
             self.step,
             self.state,
@@ -154,11 +159,10 @@ class Loop:
         )
 
     def _progress(self) -> dict[str, Any]:
-        interval = jax.tree.map(float, jax.device_get(self._interval))
         return {
-            "interval": interval,
-            "latest": self._latest,
-            "found": self._found,
+            "interval": self._log.open_interval(),  # the steps since the last line of the log
+            "latest": dict(self._latest),  # copies: a thread writes them down while the loop goes on
+            "found": dict(self._found),
             "evaluated": self._evaluated,
         }
 
@@ -181,23 +185,21 @@ def evaluate(config: Config, workdir_path: str | Path) -> dict[str, float]:
 
     Raises: FileNotFoundError: there is none. Otherwise as `train`.
     """
-    job = build(config)
     folder = Path(workdir_path).absolute()
+    job = build(workdir.completed(folder, config))
     saved = load_params(folder)
     workdir.check(folder, job.config)
-    abstract = jax.eval_shape(job.init)
-    if diff := differences(shapes(saved.params), shapes(abstract.params)):
+    target = job.abstract_state()
+    if diff := differences(shapes(saved.params), shapes(target.params)):
         rows = "\n".join(f"  {name}: checkpoint {theirs}, now {ours}" for name, (theirs, ours) in diff.items())
         raise CheckpointMismatch(f"Checkpoint {saved.step} in {folder} has other parameters than the model:\n{rows}")
-    ema = load_params(folder, step=saved.step, ema=True).params if abstract.ema is not None else None
-    nothing = jax.tree.map(lambda _: None, abstract)
-    params, ema = jax.device_put(
-        (saved.params, ema), sharding.state_sharding((abstract.params, abstract.ema), job.mesh)
-    )
-    state = nothing.replace(step=saved.step, params=params, ema=ema)
+    ema = load_params(folder, step=saved.step, ema=True).params if target.ema is not None else None
+    places = jax.tree.map(lambda x: x.sharding, (target.params, target.ema))
+    params, ema = jax.device_put((saved.params, ema), places)
+    state = jax.tree.map(lambda _: None, target).replace(step=saved.step, params=params, ema=ema)
     results: dict[str, float] = {}
-    with Writer(None, start_step=0, total_steps=job.run.total_steps) as writer:
-        for hook in job.evaluations(writer, None, results, StopSignal()):
+    with job.writer(None, start_step=0) as writer:
+        for hook in job.evaluations(writer, None, results, StopSignal()).values():
             hook(job.run.total_steps, state)
     print_results(writer.console, {"step": float(saved.step), **results}, workdir.places(folder))
     return results
@@ -205,16 +207,10 @@ def evaluate(config: Config, workdir_path: str | Path) -> dict[str, float]:
 
 def restore_or_init(job: Job, checkpoints: Checkpoints) -> Restored:
     """The newest whole checkpoint of this run, or the state before the first step."""
-    target = state_target(job)
+    target = job.abstract_state()
     restored = checkpoints.restore(target, identity=job.identity())
     if restored is not None:
         return restored
     # The same shardings as a restored state, so that both run the same compiled step.
-    return Restored(0, jax.jit(job.init, out_shardings=jax.tree.map(lambda x: x.sharding, target))(), {})
-
-
-def state_target(job: Job) -> TrainState:
-    """Shapes, dtypes and shardings of the state of a job."""
-    abstract = jax.eval_shape(job.init)
-    shardings = sharding.state_sharding(abstract, job.mesh)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    places = jax.tree.map(lambda x: x.sharding, target)
+    return Restored(0, jax.jit(job.init, out_shardings=places)(job.pretrained()), {})
