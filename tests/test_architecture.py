@@ -27,6 +27,8 @@ MAY_IMPORT = {
     "vit_flax.step": NUMERIC,
     "vit_flax.sharding": NUMERIC,
     "vit_flax.config": {"vit_flax.typing", "ml_collections"},
+    "vit_flax.signals": set(),
+    "vit_flax.files": set(),
     "vit_flax.convert": NUMERIC | {"vit_flax.models", "vit_flax.convert", "safetensors", "absl", "rich", "PIL"},
 }
 MAY_IMPORT["vit_flax.sinks"] = {"numpy", "PIL", "tensorboardX", "wandb", "mlflow", "vit_flax.sinks", "vit_flax.files"}
@@ -39,7 +41,15 @@ MAY_IMPORT["vit_flax.convert.workdir"] = MAY_IMPORT["vit_flax.convert"] | {"vit_
 MAY_IMPORT["vit_flax.convert.parity"] = MAY_IMPORT["vit_flax.convert"]
 IMPORTS_ANYTHING_IN_FUNCTIONS = ("vit_flax.convert.parity",)
 # Nothing may import these; they are commands, or known to commands only.
-IMPORTED_BY_NOBODY = ("vit_flax.main", "vit_flax.convert", "vit_flax.dry_run", "vit_flax.benchmark", "vit_flax.predict")
+IMPORTED_BY_NOBODY = (
+    "vit_flax.main",
+    "vit_flax.convert",
+    "vit_flax.dry_run",
+    "vit_flax.benchmark",
+    "vit_flax.predict",
+    "vit_flax.reliability",
+    "vit_flax.lives",
+)
 # A run may start from foreign weights.
 STARTS_FROM_CHECKPOINTS = ("vit_flax.finetune",)
 
