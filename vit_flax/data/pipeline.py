@@ -9,6 +9,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import math
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -77,14 +78,15 @@ def train_batches(
     import grain
 
     order_seed, transform_seed = (int(s) for s in np.random.SeedSequence(seed).generate_state(2))
-    # Grain's epoch e shuffles with seed + e; the hash above keeps the epochs of neighbouring seeds apart.
-    rows = grain.MapDataset.range(len(source)).shuffle(seed=order_seed).repeat(None)
-    shard, steps = slice(process_index, None, process_count), slice(start_step, None)
+    order = Order(len(source), order_seed)
     if arrays := _decode_once(decode_once, read, len(source)):
-        batches = rows[shard].batch(local_batch_size, drop_remainder=True)[steps].map(functools.partial(_take, arrays))
-        return _start(batches, read, local_batch_size, 1, 0)
+        share = Share(batch_size, process_index, process_count)
+        batches = grain.MapDataset.range(start_step, sys.maxsize).map(lambda step: _take(arrays, order(share(step))))
+        return _start(batches, read, local_batch_size, 0, 0)
+    rows = grain.MapDataset.range(sys.maxsize).map(order.row)
     # Random numbers are drawn before the shards part, so that they do not depend on the number of processes.
-    batches = rows.random_map(read, seed=transform_seed)[shard].batch(local_batch_size, drop_remainder=True)[steps]
+    examples = rows.random_map(read, seed=transform_seed)[process_index::process_count]
+    batches = examples.batch(local_batch_size, drop_remainder=True)[start_step:]
     return _start(batches, read, local_batch_size, num_threads, num_workers)
 
 
@@ -114,11 +116,12 @@ def eval_batches(
     import grain
 
     num_batches = math.ceil(len(source) / batch_size)
-    rows = grain.MapDataset.range(num_batches * batch_size)[process_index::process_count]
     if arrays := _decode_once(decode_once, read, len(source) + 1):  # the last row is padding
-        batches = rows.batch(local_batch_size, drop_remainder=True).map(functools.partial(_take, arrays))
-        num_threads, num_workers = 1, 0
+        share = Share(batch_size, process_index, process_count)
+        batches = grain.MapDataset.range(num_batches).map(lambda step: _take(arrays, share(step)))
+        num_threads, num_workers = 0, 0
     else:
+        rows = grain.MapDataset.range(num_batches * batch_size)[process_index::process_count]
         batches = rows.map(functools.partial(read, rng=None)).batch(local_batch_size, drop_remainder=True)
     start = functools.partial(_start, batches, read, local_batch_size, num_threads, num_workers)
     return EvalBatches(num_batches, start)
@@ -183,6 +186,50 @@ class Batches(Iterator[Batch]):
                 "on_error='skip': %d of %d records of %r are bad so far", bad, len(self._source), self._source
             )
         self.skipped.update(rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """The rows of an endless stream of epochs: each is a random permutation of its own, a function of seed and epoch.
+
+    Whole permutations, because they take a fraction of the time of drawing row by row: 20 ms per million rows.
+    """
+
+    num_rows: int
+    seed: int
+
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        """The rows at some positions of the stream."""
+        epochs, places = np.divmod(positions, self.num_rows)
+        rows = np.empty_like(places)
+        for epoch in range(epochs[0], epochs[-1] + 1):
+            here = epochs == epoch
+            rows[here] = _permutation(self.num_rows, self.seed, epoch)[places[here]]
+        return rows
+
+    def row(self, position: int) -> int:
+        """The row at one position."""
+        epoch, place = divmod(position, self.num_rows)
+        return int(_permutation(self.num_rows, self.seed, epoch)[place])
+
+
+@functools.lru_cache(maxsize=2)  # threads that read ahead may be in the next epoch already
+def _permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    rows = np.random.default_rng((seed, epoch)).permutation(num_rows)
+    return rows.astype(np.min_scalar_type(num_rows))
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """The positions of one process in each batch of the stream: every `process_count`-th, in ascending order."""
+
+    batch_size: int
+    process_index: int
+    process_count: int
+
+    def __call__(self, step: int) -> np.ndarray:
+        first = step * self.batch_size
+        return np.arange(first + self.process_index, first + self.batch_size, self.process_count)
 
 
 class Ahead(Iterator[Any]):
