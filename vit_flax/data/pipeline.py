@@ -80,8 +80,10 @@ def train_batches(
     order_seed, transform_seed = (int(s) for s in np.random.SeedSequence(seed).generate_state(2))
     order = Order(len(source), order_seed)
     if arrays := _decode_once(decode_once, read, len(source)):
-        share = Share(batch_size, process_index, process_count)
-        batches = grain.MapDataset.range(start_step, sys.maxsize).map(lambda step: _take(arrays, order(share(step))))
+        steps = grain.MapDataset.range(start_step, sys.maxsize)
+        batches = steps.map(
+            lambda step: _take(arrays, order(_positions(step, batch_size, process_index, process_count)))
+        )
         return _start(batches, read, local_batch_size, 0, 0)
     rows = grain.MapDataset.range(sys.maxsize).map(order.row)
     # Random numbers are drawn before the shards part, so that they do not depend on the number of processes.
@@ -117,8 +119,8 @@ def eval_batches(
 
     num_batches = math.ceil(len(source) / batch_size)
     if arrays := _decode_once(decode_once, read, len(source) + 1):  # the last row is padding
-        share = Share(batch_size, process_index, process_count)
-        batches = grain.MapDataset.range(num_batches).map(lambda step: _take(arrays, share(step)))
+        steps = grain.MapDataset.range(num_batches)
+        batches = steps.map(lambda step: _take(arrays, _positions(step, batch_size, process_index, process_count)))
         num_threads, num_workers = 0, 0
     else:
         rows = grain.MapDataset.range(num_batches * batch_size)[process_index::process_count]
@@ -219,19 +221,6 @@ def _permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:
     return rows.astype(np.min_scalar_type(num_rows))
 
 
-@dataclasses.dataclass(frozen=True)
-class Share:
-    """The positions of one process in each batch of the stream: every `process_count`-th, in ascending order."""
-
-    batch_size: int
-    process_index: int
-    process_count: int
-
-    def __call__(self, step: int) -> np.ndarray:
-        first = step * self.batch_size
-        return np.arange(first + self.process_index, first + self.batch_size, self.process_count)
-
-
 class Ahead(Iterator[Any]):
     """Training batches on their way to the devices, one ahead of the one that is worked on.
 
@@ -272,6 +261,12 @@ def _local_batch_size(batch_size: int, process_index: int, process_count: int) -
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index={process_index} is outside 0..{process_count - 1}")
     return batch_size // process_count
+
+
+def _positions(step: int, batch_size: int, process_index: int, process_count: int) -> np.ndarray:
+    """A process's share of a step's batch, as positions in the stream of examples."""
+    first = step * batch_size
+    return np.arange(first + process_index, first + batch_size, process_count)
 
 
 def _check_reading(num_threads: int | None, num_workers: int) -> None:
