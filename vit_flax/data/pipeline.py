@@ -79,16 +79,16 @@ def train_batches(
 
     order_seed, transform_seed = (int(s) for s in np.random.SeedSequence(seed).generate_state(2))
     order = Order(len(source), order_seed)
+    # Process i gets the i-th part of every batch: joined in their order, the batch of a single process.
+    shard = slice(process_index, None, process_count)
     if arrays := _decode_once(decode_once, read, len(source)):
-        steps = grain.MapDataset.range(start_step, sys.maxsize)
-        batches = steps.map(
-            lambda step: _take(arrays, order(_positions(step, batch_size, process_index, process_count)))
-        )
+        parts = grain.MapDataset.range(sys.maxsize)[shard][start_step:]
+        batches = parts.map(lambda part: _take(arrays, order(_positions(part, local_batch_size))))
         return _start(batches, read, local_batch_size, 0, 0)
     rows = grain.MapDataset.range(sys.maxsize).map(order.row)
     # Random numbers are drawn before the shards part, so that they do not depend on the number of processes.
-    examples = rows.random_map(read, seed=transform_seed)[process_index::process_count]
-    batches = examples.batch(local_batch_size, drop_remainder=True)[start_step:]
+    examples = rows.random_map(read, seed=transform_seed)
+    batches = examples.batch(local_batch_size, drop_remainder=True)[shard][start_step:]
     return _start(batches, read, local_batch_size, num_threads, num_workers)
 
 
@@ -118,13 +118,14 @@ def eval_batches(
     import grain
 
     num_batches = math.ceil(len(source) / batch_size)
+    shard = slice(process_index, None, process_count)
     if arrays := _decode_once(decode_once, read, len(source) + 1):  # the last row is padding
-        steps = grain.MapDataset.range(num_batches)
-        batches = steps.map(lambda step: _take(arrays, _positions(step, batch_size, process_index, process_count)))
+        parts = grain.MapDataset.range(num_batches * process_count)[shard]
+        batches = parts.map(lambda part: _take(arrays, _positions(part, local_batch_size)))
         num_threads, num_workers = 0, 0
     else:
-        rows = grain.MapDataset.range(num_batches * batch_size)[process_index::process_count]
-        batches = rows.map(functools.partial(read, rng=None)).batch(local_batch_size, drop_remainder=True)
+        rows = grain.MapDataset.range(num_batches * batch_size).map(functools.partial(read, rng=None))
+        batches = rows.batch(local_batch_size, drop_remainder=True)[shard]
     start = functools.partial(_start, batches, read, local_batch_size, num_threads, num_workers)
     return EvalBatches(num_batches, start)
 
@@ -263,10 +264,9 @@ def _local_batch_size(batch_size: int, process_index: int, process_count: int) -
     return batch_size // process_count
 
 
-def _positions(step: int, batch_size: int, process_index: int, process_count: int) -> np.ndarray:
-    """A process's share of a step's batch, as positions in the stream of examples."""
-    first = step * batch_size
-    return np.arange(first + process_index, first + batch_size, process_count)
+def _positions(part: int, length: int) -> np.ndarray:
+    """The positions in the stream of examples that make up one process's part of a batch."""
+    return np.arange(part * length, (part + 1) * length)
 
 
 def _check_reading(num_threads: int | None, num_workers: int) -> None:
