@@ -53,7 +53,6 @@ def test_trains_and_evaluates(tmp_path):
     assert np.isfinite(results["train/loss"])
 
 
-@pytest.mark.parametrize(("root", "message"), [("", "needs root="), ("/nowhere", "/nowhere, found nothing")])
-def test_a_folder_that_is_not_there(root, message):
-    with pytest.raises(ConfigError, match=message):
-        build(folder.get_config(root))
+def test_a_folder_that_is_not_there():
+    with pytest.raises(ConfigError, match="/nowhere, found nothing"):
+        build(folder.get_config("/nowhere"))

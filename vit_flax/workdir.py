@@ -44,7 +44,10 @@ MAY_CHANGE = (
     "data.num_threads",
     "data.num_workers",
     "data.prefetch_batches",
+    "data.decode_once",
     "data.source.data_dir",
+    "data.source.download",
+    "data.source.root",  # the pictures may move: the identity has a digest of their paths below it and of the labels
 )
 
 

@@ -7,9 +7,7 @@ it (normalisation undone for the picture). Mixed targets are written with their 
 evenly over the split, which is in the order of the classes.
 """
 
-import math
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,9 +16,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 from PIL import Image, ImageDraw, ImageFont
 
-TILE_PX = (96, 224)  # the longer side of a picture is brought between these
-GAP_PX, LINE_PX = 8, 16
-COLUMNS = 8
+SMALL_PX, LARGE_PX = 96, 224  # small images are shown up to 96 px large, by a whole factor; large ones at 224
 
 
 def show(config: Any, out: str | Path, *, step: int = 0, max_images: int = 32) -> list[str]:
@@ -41,6 +37,7 @@ def show(config: Any, out: str | Path, *, step: int = 0, max_images: int = 32) -
     """
     import jax
 
+    from vit_flax import pictures
     from vit_flax.job import build
 
     out = Path(out).expanduser()
@@ -55,46 +52,16 @@ def show(config: Any, out: str | Path, *, step: int = 0, max_images: int = 32) -
         (f"evaluation: split of {len(job.data.eval_source)}", _eval_images(job, max_images)),
     ):
         title += " images, " + "x".join(str(length) for length in images.shape[1:])
-        captions = [caption(target, job.data.class_names) for target in targets[:max_images]]
-        grids.append(draw_grid(images[:max_images], captions, title))
+        captions = [pictures.caption(target, job.data.class_names) for target in targets[:max_images]]
+        longer = max(images.shape[1:3])
+        tile_px = min(longer * max(SMALL_PX // longer, 1), LARGE_PX)
+        grids.append(_titled(title, pictures.grid(images[:max_images], captions, tile_px=tile_px)))
         lines.append(f"{title}; the model gets mean {pixels.mean():.3f}, std {pixels.std():.3f}")
     canvas = Image.new("RGB", (max(g.width for g in grids), sum(g.height for g in grids)), "white")
     for index, grid in enumerate(grids):
         canvas.paste(grid, (0, sum(g.height for g in grids[:index])))
     canvas.save(out)
     return lines
-
-
-def draw_grid(images: np.ndarray, captions: Sequence[str], title: str) -> Image.Image:
-    """Draws uint8 [n, h, w, 1 or 3] in rows, each over its caption."""
-    height, width = images.shape[1:3]
-    longer = max(height, width)
-    zoom = max(1, TILE_PX[0] // longer) if longer < TILE_PX[1] else TILE_PX[1] / longer
-    tile = max(round(width * zoom), 1), max(round(height * zoom), 1)
-    cell = max(tile[0], TILE_PX[0]) + GAP_PX, tile[1] + LINE_PX + GAP_PX
-    columns = min(COLUMNS, len(images))
-    rows = math.ceil(len(images) / columns)
-    font = ImageFont.load_default(12)
-    canvas = Image.new("RGB", (columns * cell[0] + GAP_PX, rows * cell[1] + LINE_PX + 2 * GAP_PX), "white")
-    canvas = _widened(canvas, round(font.getlength(title)) + 2 * GAP_PX)
-    draw = ImageDraw.Draw(canvas)
-    draw.text((GAP_PX, GAP_PX), title, "black", font)
-    for index, (pixels, text) in enumerate(zip(images, captions)):
-        left, top = (index % columns) * cell[0] + GAP_PX, (index // columns) * cell[1] + LINE_PX + 2 * GAP_PX
-        picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-        filter = Image.Resampling.NEAREST if zoom >= 1 else Image.Resampling.BICUBIC  # small ones: show the pixels
-        canvas.paste(picture.resize(tile, filter), (left, top))
-        draw.text((left, top + tile[1]), _shortened(text, font, cell[0] - GAP_PX), "black", font)
-    return canvas
-
-
-def caption(target: np.ndarray, class_names: Sequence[str]) -> str:
-    """The class names of a target [v], the largest first, with their shares where they are mixed."""
-    order: list[int] = np.argsort(-target, kind="stable").tolist()
-    named = [(class_names[i], float(target[i])) for i in order if target[i] >= 0.005]
-    if all(share > 0.995 for _, share in named):  # one class, or several of multi-label data
-        return " + ".join(name for name, _ in named)
-    return " ".join(f"{name} {share:.0%}" for name, share in named)
 
 
 def _train_batch(job: Any, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -143,20 +110,12 @@ def _visible(job: Any, images: np.ndarray) -> np.ndarray:
     return np.clip(np.round((images * std + mean) * 255), 0, 255).astype(np.uint8)
 
 
-def _widened(canvas: Image.Image, width: int) -> Image.Image:
-    if canvas.width >= width:
-        return canvas
-    wide = Image.new("RGB", (width, canvas.height), "white")
-    wide.paste(canvas)
-    return wide
-
-
-def _shortened(text: str, font: Any, width: int) -> str:
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
+def _titled(title: str, grid: np.ndarray) -> Image.Image:
+    font = ImageFont.load_default(14)
+    sheet = Image.new("RGB", (max(grid.shape[1], round(font.getlength(title)) + 12), grid.shape[0] + 24), "white")
+    ImageDraw.Draw(sheet).text((6, 6), title, "black", font)
+    sheet.paste(Image.fromarray(grid), (0, 24))
+    return sheet
 
 
 def main(argv: list[str]) -> None:
