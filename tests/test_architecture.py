@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "vit_flax.convert": NUMERIC | {"vit_flax.models", "vit_flax.convert", "safetensors", "absl", "rich", "PIL"},
 }
 # A run of ours is a source of weights like any other: one file of the converter reads its checkpoints.
-MAY_IMPORT["vit_flax.convert.workdir"] = MAY_IMPORT["vit_flax.convert"] | {"orbax", "etils"}
+MAY_IMPORT["vit_flax.convert.workdir"] = MAY_IMPORT["vit_flax.convert"] | {"vit_flax.checkpoint"}
 # The comparison with other libraries imports them, and only inside functions.
 MAY_IMPORT["vit_flax.convert.parity"] = MAY_IMPORT["vit_flax.convert"]
 IMPORTS_ANYTHING_IN_FUNCTIONS = ("vit_flax.convert.parity",)

@@ -227,7 +227,9 @@ def test_run_of_ours_is_a_checkpoint_like_any_other(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, average.params, jax.device_get(state.ema))
     step = load_pretrained(tmp_path / "first" / "checkpoints" / "60")
     jax.tree.map(np.testing.assert_array_equal, step.params, loaded.params)
-    with pytest.raises(FileNotFoundError, match="expected 61, found"):
+    best = load_pretrained(f"{tmp_path / 'first'}:best:ema")
+    assert best.report.path.endswith(":best:ema")
+    with pytest.raises(FileNotFoundError, match="There is no checkpoint 61 below"):
         load_pretrained(tmp_path / "first" / "checkpoints" / "61")
 
     config = tiny_config(run__total_steps=2, optim__lr=1e-2)

@@ -79,12 +79,13 @@ def train_batches(
     order_seed, transform_seed = (int(s) for s in np.random.SeedSequence(seed).generate_state(2))
     # Grain's epoch e shuffles with seed + e; the hash above keeps the epochs of neighbouring seeds apart.
     rows = grain.MapDataset.range(len(source)).shuffle(seed=order_seed).repeat(None)
+    # Process i gets the i-th part of every batch: joined in their order, the batch of a single process.
     shard, steps = slice(process_index, None, process_count), slice(start_step, None)
     if arrays := _decode_once(decode_once, read, len(source)):
-        batches = rows[shard].batch(local_batch_size, drop_remainder=True)[steps].map(functools.partial(_take, arrays))
+        batches = rows.batch(local_batch_size, drop_remainder=True)[shard][steps].map(functools.partial(_take, arrays))
         return _start(batches, read, local_batch_size, 1, 0)
     # Random numbers are drawn before the shards part, so that they do not depend on the number of processes.
-    batches = rows.random_map(read, seed=transform_seed)[shard].batch(local_batch_size, drop_remainder=True)[steps]
+    batches = rows.random_map(read, seed=transform_seed).batch(local_batch_size, drop_remainder=True)[shard][steps]
     return _start(batches, read, local_batch_size, num_threads, num_workers)
 
 
@@ -114,12 +115,12 @@ def eval_batches(
     import grain
 
     num_batches = math.ceil(len(source) / batch_size)
-    rows = grain.MapDataset.range(num_batches * batch_size)[process_index::process_count]
+    rows, shard = grain.MapDataset.range(num_batches * batch_size), slice(process_index, None, process_count)
     if arrays := _decode_once(decode_once, read, len(source) + 1):  # the last row is padding
-        batches = rows.batch(local_batch_size, drop_remainder=True).map(functools.partial(_take, arrays))
+        batches = rows.batch(local_batch_size, drop_remainder=True)[shard].map(functools.partial(_take, arrays))
         num_threads, num_workers = 1, 0
     else:
-        batches = rows.map(functools.partial(read, rng=None)).batch(local_batch_size, drop_remainder=True)
+        batches = rows.map(functools.partial(read, rng=None)).batch(local_batch_size, drop_remainder=True)[shard]
     start = functools.partial(_start, batches, read, local_batch_size, num_threads, num_workers)
     return EvalBatches(num_batches, start)
 
