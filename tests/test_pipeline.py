@@ -7,7 +7,7 @@ import pytest
 from vit_flax.data import make_data
 from vit_flax.data.arrays import Arrays
 from vit_flax.data.decode import DecodeError
-from vit_flax.data.pipeline import eval_batches, train_batches
+from vit_flax.data.pipeline import Ahead, eval_batches, train_batches
 
 
 class AsIs:
@@ -378,3 +378,34 @@ def test_make_data_compares_the_classes(tmp_path):
         make_data(source={"name": "aray"}, **data)
     with pytest.raises(TypeError, match="num_worker"):
         make_data(source={"name": "arrays", "path": tmp_path / "a.npz"}, num_worker=2, **data)
+
+
+def test_ahead_pairs_batches_with_what_was_skipped_in_them():
+    source, arguments = Fails(10, {3, 4}), {"transform": AsIs(), "batch_size": 5, "seed": 0, "on_error": "skip"}
+    expected = [int((batch["skipped"] >= 0).sum()) for batch in with_skipped(train_batches(source, **arguments), 6)]
+    assert sum(expected) == 6  # two bad records in each of three epochs
+    ahead = Ahead(train_batches(source, **arguments), put=lambda batch: batch["image"], put_count=float)
+    found = []
+    for _ in range(6):
+        assert next(ahead).shape == (5, 1, 1, 2)
+        found.append(ahead.counts)
+    assert found == [{"skipped_records": count} for count in expected]
+    strict = Ahead(train_batches(Fails(10, set()), **arguments), put=len, put_count=None)
+    next(strict)
+    assert strict.counts == {}
+
+
+def with_skipped(batches, num_batches):
+    """Batches as Grain delivers them."""
+    return list(itertools.islice(batches._iterator[0], num_batches))
+
+
+def test_ahead_raises_only_when_the_bad_batch_is_asked_for():
+    arguments = {"transform": AsIs(), "batch_size": 1, "seed": 0, "decode_once": False, "num_threads": 1}
+    order = [int(batch["image"][0, 0, 0, 0]) for batch in take(train_batches(Fails(10, set()), **arguments), 10)]
+    bad = order[4]
+    ahead = Ahead(train_batches(Fails(10, {bad}), **arguments), put=len, put_count=None)
+    assert [next(ahead) for _ in range(4)] == [3] * 4
+    for _ in range(2):
+        with pytest.raises((DecodeError, FileNotFoundError), match=f"row {bad}"):
+            next(ahead)

@@ -22,7 +22,7 @@ from vit_flax.augment import augment, normalize
 from vit_flax.bad_steps import BadSteps
 from vit_flax.checkpoint import Checkpoints
 from vit_flax.config import Config, ConfigError, bind, check_names, check_section, flatten, hparams_of, in_steps, plain
-from vit_flax.data import Data, make_data
+from vit_flax.data import Ahead, Data, make_data
 from vit_flax.evals import EVALS
 from vit_flax.evals.hook import EvaluationHook
 from vit_flax.files import write_atomically
@@ -170,22 +170,16 @@ class Job:
         places = jax.tree.map(lambda x: x.sharding, self.abstract_state())
         return jax.jit(step, donate_argnums=0, out_shardings=(places, sharding.everywhere(self.mesh)))
 
-    def train_batches(self, start_step: int) -> Iterator[dict[str, jax.Array]]:
+    def train_batches(self, start_step: int) -> Ahead:
         """Batches on the devices from `start_step` on; one is always on its way while another is worked on."""
         index, count = sharding.data_shard(self.mesh)
         batches = self.data.train(seed=self.run.seed, start_step=start_step, process_index=index, process_count=count)
         put = partial(sharding.put_batch, mesh=self.mesh, global_batch_size=self.data.batch_size)
-        ahead = put(next(batches))
-        while True:
-            batch, ahead = ahead, put(next(batches))
-            yield batch
+        return Ahead(batches, put, jnp.float32 if self.data.reading["on_error"] == "skip" else None)
 
-    def draw_first(self, batches: Iterator[dict[str, jax.Array]], writer: Writer) -> Iterator[dict[str, jax.Array]]:
-        """The batches; a picture of the first one of a run, as the augmentation leaves it, goes to the writer."""
-        if writer.start_step:
-            yield from batches
-        first = next(batches)
-        images, labels = (sharding.local_rows(first[name])[:24] for name in ("image", "label"))
+    def draw(self, batch: dict[str, jax.Array], writer: Writer) -> None:
+        """Gives the writer a picture of a batch, as the augmentation leaves it."""
+        images, labels = (sharding.local_rows(batch[name])[:24] for name in ("image", "label"))
         targets = labels if labels.ndim == 2 else np.eye(self.data.num_classes)[labels]
         change = bind(augment, "augment", self.sections["augment"])
         seen, targets = jax.jit(lambda *arrays: change(jax.random.key(self.run.seed), *arrays, hparams={}))(
@@ -195,8 +189,6 @@ class Job:
         shown = np.clip(255 * (np.asarray(seen, np.float32) * pixels["std"] + pixels["mean"]), 0, 255).astype(np.uint8)
         captions = [pictures.caption(row, self.data.class_names) for row in np.asarray(targets)]
         writer.picture(1, "train/batch", pictures.grid(shown, captions))
-        yield first
-        yield from batches
 
     def writer(self, folder: Path | None, *, start_step: int) -> Writer:
         """The console and, where there is a folder, the files and the sinks of the config."""

@@ -116,17 +116,19 @@ class Loop:
         if not self._evaluated:
             self._evaluate()
             self._checkpoints.amend(self.step, metrics=self._found, progress=self._progress())
-        step_fn, batches = job.train_step(), job.draw_first(job.train_batches(self.step), self._writer)
+        step_fn, batches = job.train_step(), job.train_batches(self.step)
         while not self._stop.reached(self.step) and self.step < total:
             waiting_since = time.perf_counter()
             batch = next(batches)
             waited_secs = time.perf_counter() - waiting_since
+            if self.step == 0:
+                job.draw(batch, self._writer)
             self.state, metrics = step_fn(self.state, batch)
             self.step += 1
             self._found.clear()
             self._evaluated = False
             self._bad_steps(self.step, batch, metrics)
-            self._log(self.step, metrics, waited_secs)
+            self._log(self.step, {**metrics, **batches.counts}, waited_secs)
             self._profile(self.step, self.state)
             self._evaluate()
             if self._checkpoints.would_be_best(self._found):

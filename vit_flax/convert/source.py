@@ -22,6 +22,7 @@ from vit_flax.convert.remote import fetch
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 PREPROCESSOR = "preprocessor_config.json"
+PROCESSOR = "processor_config.json"
 
 DTYPES = {  # the names of the safetensors format
     "F64": np.float64,
@@ -62,7 +63,8 @@ class Source:
       path: for messages.
       tensors: by name.
       config: the contents of config.json; empty if there is none.
-      preprocessor: the contents of preprocessor_config.json; empty if there is none.
+      preprocessor: the contents of preprocessor_config.json, or of the image processor in processor_config.json; empty
+        if there is none.
       keep_alive: whatever must live as long as the tensors can be read (a temporary folder).
     """
 
@@ -129,7 +131,10 @@ def _open_local(path: Path, *, name: str, keep_alive: Any) -> Source:
         return Source(name, read_npz(file), keep_alive=keep_alive)
     else:
         raise ValueError(f"{name}: expected an .npz or .safetensors file, or a folder with one; found {file.name!r}.")
-    config, preprocessor = (_read_json(file.parent / part) for part in (CONFIG, PREPROCESSOR))
+    config, preprocessor, processor = (_read_json(file.parent / part) for part in (CONFIG, PREPROCESSOR, PROCESSOR))
+    # transformers 5 keeps the image processor of a pair of towers beside its tokenizer, and looks there first.
+    if "image_processor" in processor:
+        preprocessor = processor["image_processor"]
     return Source(name, tensors, config, preprocessor, keep_alive)
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -184,6 +184,40 @@ class Batches(Iterator[Batch]):
                 "on_error='skip': %d of %d records of %r are bad so far", bad, len(self._source), self._source
             )
         self.skipped.update(rows)
+
+
+class Ahead(Iterator[Any]):
+    """Training batches on their way to the devices, one ahead of the one that is worked on.
+
+    Args:
+      batches: to read from.
+      put: brings a batch to the devices.
+      put_count: the same for a number; None where nothing is counted (on_error="raise").
+
+    Attributes:
+      counts: to be logged with the metrics of the batch handed out last: "skipped_records", how many pictures of this
+        process's share stand in for one that could not be read.
+    """
+
+    def __init__(self, batches: Batches, put: Callable[[Batch], Any], put_count: Callable[[int], Any] | None):
+        self._batches, self._put, self._put_count = batches, put, put_count
+        self._next = self._fetch()
+        self.counts: dict[str, Any] = {}
+
+    def __next__(self) -> Any:
+        if isinstance(self._next, Exception):
+            raise self._next
+        (batch, self.counts), self._next = self._next, self._fetch()
+        return batch
+
+    def _fetch(self) -> tuple[Any, dict[str, Any]] | Exception:
+        before = self._batches.num_skipped
+        try:
+            batch = self._put(next(self._batches))
+        except Exception as error:  # of a batch that nobody has asked for yet, and that the last step never asks for
+            return error
+        skipped = self._batches.num_skipped - before
+        return batch, {} if self._put_count is None else {"skipped_records": self._put_count(skipped)}
 
 
 def _local_batch_size(batch_size: int, process_index: int, process_count: int) -> int:

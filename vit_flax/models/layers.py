@@ -7,15 +7,33 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from vit_flax.typing import Array, Float
 
+
+def in_float32(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """A function of each element, computed in float32 and rounded once; its backward pass keeps nothing but the input.
+
+    Left to itself, bfloat16 rounds after every operation (in software on CPUs), and a backward pass keeps half a dozen
+    intermediates of the widest layer of the model.
+    """
+
+    def elementwise(x: Array) -> Array:
+        return function(x.astype(jnp.float32)).astype(x.dtype)
+
+    return jax.checkpoint(elementwise, prevent_cse=False)  # pyright: ignore[reportReturnType]
+
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": partial(nn.gelu, approximate=False),
-    "gelu_tanh": partial(nn.gelu, approximate=True),
-    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
-    "silu": nn.silu,
+    "gelu": in_float32(partial(nn.gelu, approximate=False)),
+    "gelu_tanh": in_float32(partial(nn.gelu, approximate=True)),
+    "quick_gelu": in_float32(lambda x: x * nn.sigmoid(1.702 * x)),
+    "silu": in_float32(nn.silu),
 }
+
+
+LINEAR_RESULT = "linear"  # by this name, rules of rematerialisation speak of what a linear layer returns
 
 
 class Linear(nn.Module):
@@ -43,31 +61,23 @@ class Linear(nn.Module):
             return self.kernel_init(key, flat, dtype).reshape(shape)
 
         kernel = self.param("kernel", init, (*fan_in, *features), self.param_dtype)
-        multiply = product if self.dtype == jnp.float32 else low_precision_product
-        y: Array = multiply(x.astype(self.dtype), kernel, self.in_axes)  # pyright: ignore[reportAssignmentType]
+        y: Array = product(x.astype(self.dtype), kernel, self.in_axes)  # pyright: ignore[reportAssignmentType]
         if self.use_bias:
             bias = self.param("bias", self.bias_init, features, self.param_dtype)
             y += jnp.expand_dims(bias.astype(jnp.float32), range(y.ndim - len(features)))
-        return y.astype(self.dtype)
-
-
-def product(x: Float[Array, "..."], kernel: Float[Array, "..."], in_axes: int) -> Float[Array, "..."]:
-    """Sums over the last `in_axes` axes of `x` and the first of the kernel, in the dtype of `x`; the result is float32.
-
-    XLA's CPU backend runs bfloat16 products with a float32 result at twice the rate of those with a bfloat16 result.
-    """
-    contracted = range(x.ndim - in_axes, x.ndim), range(in_axes)
-    return _dot(x, kernel.astype(x.dtype), contracted)
+        return checkpoint_name(y.astype(self.dtype), LINEAR_RESULT)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def low_precision_product(x: Float[Array, "..."], kernel: Float[Array, "..."], in_axes: int) -> Float[Array, "..."]:
-    """`product` whose backward products take their operands in the dtype of `x` too.
+def product(x: Float[Array, "..."], kernel: Float[Array, "..."], in_axes: int) -> Float[Array, "..."]:
+    """Sums over the last `in_axes` axes of `x` and the first of the kernel, in the dtype of `x`; the result is float32.
 
-    The derivative that JAX makes of a product with a float32 result runs in float32: half the rate or less.
-    The kernel's gradient keeps float32. No forward-mode differentiation.
+    The products of the backward pass take their operands in the dtype of `x` too (JAX's own derivative of a product with
+    a float32 result runs in float32), and are written in the forms that XLA's CPU backend runs at its full rate. A
+    bfloat16 product with a bfloat16 result runs at half that rate there. The kernel's gradient keeps float32.
+    No forward-mode differentiation.
     """
-    return product(x, kernel, in_axes)
+    return _dot(x, kernel.astype(x.dtype), (range(x.ndim - in_axes, x.ndim), range(in_axes)))
 
 
 def _save_operands(x: Array, kernel: Array, in_axes: int) -> tuple[Array, tuple[Array, Array]]:
@@ -88,7 +98,7 @@ def _dot(a: Array, b: Array, contracted: tuple[Sequence[int], Sequence[int]]) ->
     return jax.lax.dot_general(a, b, (contracted, ((), ())), preferred_element_type=jnp.float32)
 
 
-low_precision_product.defvjp(_save_operands, _backward_products)
+product.defvjp(_save_operands, _backward_products)
 
 
 class LayerNorm(nn.Module):
