@@ -85,4 +85,5 @@ def preprocess_of(preprocessing: Mapping[str, Any]) -> Preprocess | None:
     if how["filter"] not in ("bilinear", "bicubic"):
         return None
     mean, std = (tuple(preprocessing[k]) * (channels if len(preprocessing[k]) == 1 else 1) for k in ("mean", "std"))
-    return Preprocess((height, width), mean, std, crop, how["filter"], how["antialias"])
+    kept = {name: how[name] for name in ("filter", "antialias")}
+    return Preprocess((height, width), mean, std, crop_fraction=crop, **kept)
