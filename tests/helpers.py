@@ -66,7 +66,8 @@ def csv_rows(workdir: Path, table: str) -> list[dict[str, str]]:
 def shrink(config: ConfigDict) -> ConfigDict:
     """The same experiment with the smallest model and batches, and two steps; every feature that is on stays on."""
     with config.unlocked():
-        config.model.update(dict(width=8, depth=2, mlp_dim=16, num_heads=2, head_dim=4))
+        if "init" not in config:  # a checkpoint brings its own sizes
+            config.model.update(dict(width=8, depth=2, mlp_dim=16, num_heads=2, head_dim=4))
         config.data.update(dict(batch_size=8, eval_batch_size=8))
         for section in (config.run, config.optim, config.checkpoint, *config.evals.values()):
             for key in [k for k in section if k.endswith("_epochs")]:

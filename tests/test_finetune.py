@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
+from PIL import Image
 
-from tests.helpers import Cut, tiny_config
+from configs import finetune
+from tests.helpers import Cut, shrink, tiny_config
 from vit_flax import load_pretrained
 from vit_flax.config import ConfigError
 from vit_flax.convert import resample
@@ -221,7 +223,9 @@ def test_run_of_ours_is_a_checkpoint_like_any_other(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, average.params, jax.device_get(state.ema))
     step = load_pretrained(tmp_path / "first" / "checkpoints" / "60")
     jax.tree.map(np.testing.assert_array_equal, step.params, loaded.params)
-    with pytest.raises(FileNotFoundError, match="no checkpoint 61 below"):
+    best = load_pretrained(f"{tmp_path / 'first'}:best:ema")
+    assert best.report.path.endswith(":best:ema")
+    with pytest.raises(FileNotFoundError, match="There is no checkpoint 61 below"):
         load_pretrained(tmp_path / "first" / "checkpoints" / "61")
 
     config = tiny_config(run__total_steps=2, optim__lr=1e-2)
@@ -230,3 +234,22 @@ def test_run_of_ours_is_a_checkpoint_like_any_other(tmp_path):
     config.model = dict(drop_path=0.1)
     tuned = train(config, tmp_path / "tuned")[1]["test/loss"]
     assert tuned < fresh - 0.2
+
+
+def test_shipped_config_on_a_folder_of_pictures(tmp_path):
+    rng = np.random.default_rng(0)
+    for split, number in (("train", 8), ("val", 5)):
+        for name in ("cat", "dog"):
+            (tmp_path / "pictures" / split / name).mkdir(parents=True)
+            for i in range(number):
+                pixels = rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "pictures" / split / name / f"{i}.png")
+    config = shrink(finetune.get_config(f"{CHECKPOINT},{tmp_path / 'pictures'},64"))
+    job = build(config)
+    assert job.config["model"]["num_classes"] == 2
+    assert job.data.class_names == ("cat", "dog")
+    assert job.config["data"]["train_transforms"][1]["antialias"] is False
+    state, results = train(config, tmp_path / "run")
+    assert state.params["posemb"]["table"].shape == (1, 64, 32)
+    assert results["test/count"] == 10
+    assert load_pretrained(tmp_path / "run").preprocess.crop_fraction == pytest.approx(64 / 73)

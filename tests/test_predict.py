@@ -119,13 +119,13 @@ def test_pictures_are_prepared_as_in_the_evaluation_of_the_run(filter, antialias
     else:
         ops = [dict(op="resize", size_px=(32, 48), **how)]
     size = (32, 32) if crop else (32, 48)
-    config = {"augment": {"mean": (0.5,), "std": (0.25,)}, "data": {"eval_transforms": [dict(op="decode"), *ops]}}
-    preprocess = preprocess_of(config, size, 3)
+    transforms = [dict(op="decode"), *ops]
+    preprocess = preprocess_of(dict(image_shape=[*size, 3], transforms=transforms, mean=[0.5], std=[0.25]))
     assert preprocess is not None
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8))
     picture = np.asarray(coarse.resize((120, 90), Image.Resampling.BICUBIC))
-    theirs = make_transform(config["data"]["eval_transforms"])({"image": picture, "id": "x"})["image"]
+    theirs = make_transform(transforms)({"image": picture, "id": "x"})["image"]
     ours = (preprocess(picture) * 0.25 + 0.5) * 255
     assert ours.shape == theirs.shape
     assert abs(ours - theirs).max() < 2.5  # Pillow rounds to whole levels between the two axes
@@ -134,6 +134,4 @@ def test_pictures_are_prepared_as_in_the_evaluation_of_the_run(filter, antialias
 
 def test_more_than_a_resize_and_a_crop_is_not_guessed():
     ops = [dict(op="decode"), dict(op="resize", size_px=8), dict(op="flip")]
-    assert (
-        preprocess_of({"augment": {"mean": (0.0,), "std": (1.0,)}, "data": {"eval_transforms": ops}}, (8, 8), 3) is None
-    )
+    assert preprocess_of(dict(image_shape=[8, 8, 3], transforms=ops, mean=[0.0], std=[1.0])) is None

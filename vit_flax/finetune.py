@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -205,6 +206,20 @@ class Start:
         params: Any = unflatten_dict({path: value for path, value in flat.items() if path in stored}, sep="/")
         params = params if model.scan else unstack_blocks(params)
         return flatten_dict(params, sep="/"), loaded.report
+
+
+def put_in(params: Any, pretrained: Mapping[str, Any]) -> Any:
+    """The parameters with those in the place of some of them that `load` gave, in the parameters' own types.
+
+    Raises: ValueError: there is no parameter of that name and shape.
+    """
+    flat: dict[str, Any] = dict(flatten_dict(params, sep="/"))
+    for path, value in pretrained.items():
+        if path not in flat or flat[path].shape != value.shape:
+            found = flat[path].shape if path in flat else "no such parameter"
+            raise ValueError(f"The checkpoint gives {path} {value.shape}, and the model of the run has {found}.")
+        flat[path] = jnp.asarray(value, flat[path].dtype)
+    return unflatten_dict(flat, sep="/")
 
 
 class FromScratch:

@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_flax import peak, pictures, sharding, workdir
 from vit_flax.augment import augment, normalize
@@ -27,7 +26,7 @@ from vit_flax.data import Ahead, Data, make_data
 from vit_flax.evals import EVALS
 from vit_flax.evals.hook import EvaluationHook
 from vit_flax.files import write_atomically
-from vit_flax.finetune import FromScratch, Init, Start
+from vit_flax.finetune import FromScratch, Init, Start, put_in
 from vit_flax.hooks import Every, Hook, Profile, check_profile_steps
 from vit_flax.losses import LOSSES
 from vit_flax.models import make_model
@@ -88,6 +87,7 @@ class Run:
 class Job:
     """A config turned into parts. Nothing expensive has happened yet; each method makes one part."""
 
+    given: dict[str, Any]  # the config as it was written, before a checkpoint completed it
     config: dict[str, Any]
     run: Run
     start: Start | FromScratch
@@ -109,8 +109,7 @@ class Job:
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for two processes to be two lives of one run."""
-        # As JSON, like the identity in a checkpoint that it is compared with: tuples are lists there.
-        return json.loads(json.dumps({**workdir.identity(self.config), "data": self.data.fingerprint()}))
+        return {**workdir.identity(self.config), "data": self.data.fingerprint()}
 
     def about(self) -> dict[str, Any]:
         """What somebody who opens a checkpoint wants to know; JSON values."""
@@ -122,10 +121,6 @@ class Job:
         }
         return {"config": self.config, "class_names": list(self.data.class_names), "preprocessing": preprocessing}
 
-    def for_readers(self) -> dict[str, Any]:
-        """What a user of the run's checkpoints needs besides its config."""
-        return {"image_shape": self.data.image_shape, "class_names": self.data.class_names}
-
     def pretrained(self) -> dict[str, Any]:
         """The parameters that a new run takes from a checkpoint, by path; prints what became of all of them."""
         params, report = self.start.load(self.model, self.data.image_shape)
@@ -134,15 +129,12 @@ class Job:
         return params
 
     def init(self, pretrained: Mapping[str, Any] | None = None) -> TrainState:
-        """The state before the first step (to be jitted), with `pretrained` in the place of those initial parameters.
-
-        Raises: ValueError: the model has no parameter of that name and shape.
-        """
+        """The state before the first step (to be jitted), with what `pretrained` gave in its place."""
         h, w, c = self.data.image_shape
         image = jnp.zeros((1, h, w, c))
         return init_state(
             jax.random.key(self.run.seed),
-            init=lambda key: _with(self.model.init(key, image, train=False)["params"], pretrained or {}),
+            init=lambda key: put_in(self.model.init(key, image, train=False)["params"], pretrained or {}),
             optimizer=self.optimizer(),
             hparams={name: jnp.asarray(value, jnp.float32) for name, value in self.hparams.items()},
         )
@@ -322,6 +314,7 @@ SECTIONS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "sinks": (SINKS, ("workdir", "start_step", "config")),
     "init": (Init, ()),
 }
+OPTIONAL = ("sinks", "init")
 # Of these, a section that happens every so often has exactly one (`every_epochs` becomes `every_steps`).
 SCHEDULES = ("every_steps", "every_secs")
 # Sections that a config may leave out. `metrics.jsonl` and `pictures/` are written without a sink.
@@ -330,19 +323,21 @@ DEFAULT_MESH: dict[str, Any] = {}
 DEFAULT_SINKS: dict[str, dict[str, Any]] = {"csv": {}, "tensorboard": {}}
 
 
-def build(config: Config, devices: Sequence[Any] | None = None) -> Job:
+def build(config: Config, devices: Sequence[Any] | None = None, *, completed: Config | None = None) -> Job:
     """Checks a config and turns it into parts; reads headers of the data and one picture, compiles nothing.
 
     Args:
       config: a ConfigDict or nested dicts, with the sections `SECTIONS`.
       devices: to run on; all there are where it is None.
+      completed: what an earlier life of the run made of this config with a checkpoint (see `workdir.completed`).
 
     Raises: ConfigError: names the key, what was found and what to do.
     """
-    config = {"mesh": DEFAULT_MESH} | plain(config)
+    written = plain(config)
+    config = {"mesh": DEFAULT_MESH} | plain(completed or config)
     check_names("", config, SECTIONS, required=[name for name in SECTIONS if name not in OPTIONAL])
-    start = _make_start(config)
     with _named("init"):
+        start = _make_start(config)
         config = start.complete_data(config)
     check_section("data", config["data"], make_data)
     with _named("data"):
@@ -371,6 +366,7 @@ def build(config: Config, devices: Sequence[Any] | None = None) -> Job:
         sharding.check_batch_size("data.batch_size", data.batch_size, mesh, run.accumulate_steps)
         sharding.check_batch_size("data.eval_batch_size", data.eval_batch_size, mesh)
     job = Job(
+        given=written,
         config=config,
         run=run,
         start=start,
@@ -394,19 +390,7 @@ def _make_start(config: Mapping[str, Any]) -> Start | FromScratch:
     if "init" not in config:
         return FromScratch()
     check_section("init", config["init"], Init)
-    with _named("init"):
-        return Start(config["init"])
-
-
-def _with(params: Any, pretrained: Mapping[str, Any]) -> Any:
-    """The parameters with some of them replaced."""
-    flat: dict[str, Any] = dict(flatten_dict(params, sep="/"))
-    for path, value in pretrained.items():
-        if path not in flat or flat[path].shape != value.shape:
-            found = flat[path].shape if path in flat else "no such parameter"
-            raise ValueError(f"init: the checkpoint gives {path} {value.shape}, the model of the run has {found}.")
-        flat[path] = jnp.asarray(value, flat[path].dtype)
-    return unflatten_dict(flat, sep="/")
+    return Start(config["init"])
 
 
 def _check(name: str, section: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from vit_flax import distributed, workdir
 from vit_flax.bad_steps import Diverged
 from vit_flax.checkpoint import CheckpointMismatch, Checkpoints, Restored, SaveFailed, load_params, read_newest
 from vit_flax.checksums import differences, shapes
-from vit_flax.config import Config, plain
+from vit_flax.config import Config
 from vit_flax.job import Job, build
 from vit_flax.optim import keeps_average
 from vit_flax.report import write_report
@@ -40,18 +40,16 @@ def train(config: Config, workdir_path: str | Path) -> tuple[TrainState, dict[st
       SystemExit: with `signals.EXIT_PREEMPTED`, after a signal to stop and a complete checkpoint.
     """
     with distributed.stop_signal() as stop:
-        job = build(workdir.completed(Path(workdir_path), config))
-        return train_job(job, workdir_path, stop, given=config)
+        job = build(config, completed=workdir.completed(Path(workdir_path), config))
+        return train_job(job, workdir_path, stop)
 
 
-def train_job(
-    job: Job, workdir_path: str | Path, stop: StopSignal, *, given: Config | None = None
-) -> tuple[TrainState, dict[str, float]]:
-    """`train` for a job that is built, and perhaps changed, already; `given` is the config before it was completed."""
+def train_job(job: Job, workdir_path: str | Path, stop: StopSignal) -> tuple[TrainState, dict[str, float]]:
+    """`train` for a job that is built, and perhaps changed, already."""
     folder = Path(workdir_path).absolute()
     with workdir.lock(folder) if distributed.is_main() else nullcontext():
         if distributed.is_main():
-            workdir.claim(folder, job.config, given=plain(given or job.config), **job.for_readers())
+            workdir.claim(folder, job.config, given=job.given)
         with Checkpoints(str(folder / "checkpoints"), **job.checkpoint) as checkpoints:
             start = restore_or_init(job, checkpoints)
             with job.writer(folder, start_step=start.step) as writer:
@@ -187,7 +185,7 @@ def evaluate(config: Config, workdir_path: str | Path) -> dict[str, float]:
     Raises: FileNotFoundError: there is none. Otherwise as `train`.
     """
     folder = Path(workdir_path).absolute()
-    job = build(workdir.completed(folder, config))
+    job = build(config, completed=workdir.completed(folder, config))
     step, state = _state_to_evaluate(job, folder)
     results: dict[str, float] = {}
     with job.writer(None, start_step=0) as writer:
@@ -222,5 +220,5 @@ def restore_or_init(job: Job, checkpoints: Checkpoints) -> Restored:
     if restored is not None:
         return restored
     # The same shardings as a restored state, so that both run the same compiled step.
-    places = jax.tree.map(lambda x: x.sharding, target)
-    return Restored(0, jax.jit(job.init, out_shardings=places)(job.pretrained()), {})
+    init = jax.jit(job.init, out_shardings=jax.tree.map(lambda x: x.sharding, target))
+    return Restored(0, init(job.pretrained()), {})

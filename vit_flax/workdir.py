@@ -78,18 +78,17 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in flatten(config).items() if not k.startswith(MAY_CHANGE)}
 
 
-def completed(workdir: Path, config: Config) -> Config:
-    """The config as an earlier life of the run completed it from a checkpoint, if it was given the same one.
+def completed(workdir: Path, config: Config) -> Config | None:
+    """What an earlier life of the run made of the same config with a checkpoint; None if there was no such life.
 
     So a run that started from a checkpoint goes on, and is evaluated, without it.
     """
-    path = workdir / "config.json"
     try:
-        record = json.loads(path.read_text())
+        record = json.loads((workdir / "config.json").read_text())
         same = "init" in record["given"] and record["given"] == json.loads(json.dumps(plain(config)))
-        return _tuples(record["config"]) if same else config
-    except (OSError, ValueError, KeyError):
-        return config  # `claim` says what is wrong with it
+        return _tuples(record["config"]) if same else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # `check` says what is wrong with it
 
 
 def _tuples(value: Any) -> Any:
@@ -98,18 +97,18 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(entry) for entry in value) if isinstance(value, list) else value
 
 
-def claim(workdir: Path, config: Mapping[str, Any], **facts: Any) -> None:
+def claim(workdir: Path, config: Mapping[str, Any], *, given: Mapping[str, Any]) -> None:
     """Writes config.json, where there is none or where it describes the same experiment.
 
     Args:
       workdir: of the run.
-      config: complete.
-      **facts: what else to write down.
+      config: as it is run.
+      given: as the user wrote it, before a checkpoint completed it.
 
     Raises: ConfigError: as `check`.
     """
     before = check(workdir, config)
-    record = {"config": config, **facts, "versions": versions(), "git": git_state(), "command": sys.argv}
+    record = {"config": config, "given": given, "versions": versions(), "git": git_state(), "command": sys.argv}
     if before is not None and (changed := differences(before["versions"], record["versions"])):
         rows = ", ".join(f"{package} {theirs} -> {ours}" for package, (theirs, ours) in changed.items())
         log.warning("This run goes on with other software (%s): from here on its numbers may differ.", rows)

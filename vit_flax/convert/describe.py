@@ -47,7 +47,8 @@ def preprocessing(preprocess: Preprocess | None) -> str:
     if preprocess.crop_fraction is None:
         geometry = f"stretch to {size}"
     else:
-        geometry = f"shorter side to {size} / {preprocess.crop_fraction:g}, central crop of {size}"
+        how = "shorter side to" if preprocess.keep_aspect else "stretch to"
+        geometry = f"{how} {size} / {preprocess.crop_fraction:g}, central crop of {size}"
     smooth = "" if preprocess.antialias else ", without antialiasing"
     return f"{geometry} ({preprocess.filter}{smooth}), mean {preprocess.mean}, std {preprocess.std}"
 

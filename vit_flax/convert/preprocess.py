@@ -53,7 +53,7 @@ class Preprocess:
             raise ValueError(f"The picture has {image.shape[-1]} channels, the checkpoint wants {len(self.mean)}.")
         size = self.resized(image.shape[0], image.shape[1])
         method = f"{self.filter}_antialias" if self.antialias else self.filter
-        pixels = resample.resize(image.astype(np.float64), size, method)
+        pixels = resample.resize(image, size, method)
         top, left = ((large - small) // 2 for large, small in zip(size, self.image_size, strict=True))
         pixels = pixels[top : top + self.image_size[0], left : left + self.image_size[1]]
         pixels = np.clip(np.round(pixels), 0, 255) / 255

@@ -106,10 +106,10 @@ def resize(grid: Shaped[np.ndarray, "h w d"], size: Grid, method: str) -> Float[
 def _along_rows(weights: np.ndarray, grid: np.ndarray) -> np.ndarray:
     """The matrix times the first axis. A row of it has few taps, which for a photograph is a twentieth of the work."""
     out = np.empty((len(weights), *grid.shape[1:]))
-    for i, row in enumerate(weights):
+    for new, row in enumerate(weights):
         taps = np.flatnonzero(row)
         first, last = taps[0], taps[-1] + 1
-        out[i] = np.tensordot(row[first:last], grid[first:last].astype(np.float64), axes=1)
+        out[new] = np.tensordot(row[first:last], grid[first:last].astype(np.float64), axes=1)
     return out
 
 

@@ -163,6 +163,16 @@ def _place_positions(out: Outgoing, wanted: bool | None) -> Outgoing:
     return out.replace(model=model.clone(class_token_position=wanted), params=params)
 
 
+def _safetensors_writer() -> Any:
+    try:
+        from safetensors.numpy import save_file
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "Writing this format needs the package safetensors: pip install safetensors."
+        ) from error
+    return save_file
+
+
 def _write(directory: Path, kind: Family, tensors: Mapping[str, np.ndarray], files: Mapping[str, Any]) -> Path:
     """Into a temporary neighbour first, so that a full disk leaves nothing half-written under the final name."""
     target = directory / "model.npz" if kind.suffix == ".npz" and directory.suffix != ".npz" else directory
@@ -175,8 +185,7 @@ def _write(directory: Path, kind: Family, tensors: Mapping[str, np.ndarray], fil
                 np.savez(file, **tensors)  # type: ignore[arg-type]
         else:
             made.mkdir()
-            from safetensors.numpy import save_file
-
+            save_file = _safetensors_writer()
             save_file(dict(tensors), made / WEIGHTS, metadata={"format": "pt"})
             for name, content in files.items():
                 (made / name).write_text(json.dumps(content, indent=2) + "\n")
