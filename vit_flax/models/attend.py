@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +44,7 @@ def _cpu(q: Array, k: Array, v: Array) -> Array:
 
     That is: one batch axis, the left operand contracted over its last axis, a float32 result. Other forms run at half
     the rate in float32 and a quarter in bfloat16. The backward pass keeps no weights: it computes them again from the
-    logarithm of their sum, and the row sums of `weights * d_weights` as those of `y * dy` (Dao et al. 2022, FlashAttention,
+    logarithm of their sum, and the row sums of `weights * d_weights` as those of `y * dy` (Dao et al. 2022,
     arXiv:2205.14135, appendix B.2).
     """
     return _cpu_forward(q, k, v)[0]

@@ -302,8 +302,8 @@ RAMPS: dict[str, Callable[[int], list[float]]] = {
     "constant": lambda depth: [1.0] * depth,
 }
 
-# What of the blocks is kept for the backward pass: all that it reads, only the results of the linear layers, those in the
-# memory of the host, or nothing. The rest is computed again.
+# What of the blocks is kept for the backward pass: all that it reads, only the results of the linear layers, those in
+# the memory of the host, or nothing. The rest is computed again.
 REMAT: dict[str, Callable[..., Any] | None] = {
     "none": None,
     "dots": jax.checkpoint_policies.save_only_these_names(LINEAR_RESULT),
