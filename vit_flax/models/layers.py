@@ -73,8 +73,8 @@ def product(x: Float[Array, "..."], kernel: Float[Array, "..."], in_axes: int) -
     """Sums over the last `in_axes` axes of `x` and the first of the kernel, in the dtype of `x`; the result is float32.
 
     The products of the backward pass take their operands in the dtype of `x` too (JAX's own derivative of a product
-    with a float32 result runs in float32), and are written in the forms that XLA's CPU backend runs at its full rate; with a
-    bfloat16 result it runs at half of that. The kernel's gradient keeps float32. No forward-mode differentiation.
+    with a float32 result runs in float32), and are written in the forms that XLA's CPU backend runs at its full rate.
+    With a bfloat16 result it runs at half of that. The kernel's gradient keeps float32. No forward mode.
     """
     return _dot(x, kernel.astype(x.dtype), (range(x.ndim - in_axes, x.ndim), range(in_axes)))
 
