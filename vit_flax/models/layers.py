@@ -12,17 +12,46 @@ from jax.ad_checkpoint import checkpoint_name
 from vit_flax.typing import Array, Float
 
 
+def keep(x: Array) -> Array:
+    """What a backward pass should save of an array; `kept` gives it back.
+
+    Under a scan, saved arrays are stacked. XLA's CPU backend cannot slice bfloat16 and widens the whole stack to float32
+    first: there the bits are stacked.
+    """
+    if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+        return jax.lax.bitcast_convert_type(x, jnp.uint16)
+    return x
+
+
+def kept(x: Array) -> Array:
+    """The array that `keep` was given."""
+    return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
+
+
+def recomputed(function: Callable[..., Array]) -> Callable[..., Array]:
+    """A cheap function whose backward pass saves nothing but its arguments and computes the rest again."""
+
+    @jax.custom_vjp
+    def f(*args: Array) -> Array:
+        return function(*args)
+
+    def forward(*args: Array) -> tuple[Array, tuple[Array, ...]]:
+        return function(*args), tuple(keep(x) for x in args)
+
+    def backward(saved: tuple[Array, ...], gradient: Array) -> tuple[Array, ...]:
+        return jax.vjp(function, *(kept(x) for x in saved))[1](gradient)
+
+    f.defvjp(forward, backward)
+    return f
+
+
 def in_float32(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
-    """A function of each element, computed in float32 and rounded once; its backward pass keeps nothing but the input.
+    """A function of each element, computed in float32 and rounded once.
 
     Left to itself, bfloat16 rounds after every operation (in software on CPUs), and a backward pass keeps half a dozen
     intermediates of the widest layer of the model.
     """
-
-    def elementwise(x: Array) -> Array:
-        return function(x.astype(jnp.float32)).astype(x.dtype)
-
-    return jax.checkpoint(elementwise, prevent_cse=False)  # pyright: ignore[reportReturnType]
+    return recomputed(lambda x: function(x.astype(jnp.float32)).astype(x.dtype))
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -80,11 +109,11 @@ def product(x: Float[Array, "..."], kernel: Float[Array, "..."], in_axes: int) -
 
 
 def _save_operands(x: Array, kernel: Array, in_axes: int) -> tuple[Array, tuple[Array, Array]]:
-    return product(x, kernel, in_axes), (x, kernel)
+    return product(x, kernel, in_axes), (keep(x), kernel)
 
 
 def _backward_products(in_axes: int, saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    x, kernel = saved
+    x, kernel = kept(saved[0]), saved[1]
     gradient = gradient.astype(x.dtype)
     leading = x.ndim - in_axes
     outputs = range(leading, gradient.ndim), range(in_axes, kernel.ndim)
