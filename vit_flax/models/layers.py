@@ -118,7 +118,13 @@ def _backward_products(in_axes: int, saved: tuple[Array, Array], gradient: Array
     leading = x.ndim - in_axes
     outputs = range(leading, gradient.ndim), range(in_axes, kernel.ndim)
     dx = _dot(gradient, kernel.astype(x.dtype), outputs)
-    dkernel = _dot(x, gradient, (range(leading), range(leading)))
+    if math.prod(x.shape[leading:]) <= math.prod(kernel.shape[in_axes:]):
+        dkernel = _dot(x, gradient, (range(leading), range(leading)))
+    else:
+        # XLA copies the left operand, turned: let it be the smaller one. The barrier keeps it from turning it back.
+        turned = jax.lax.optimization_barrier(_dot(gradient, x, (range(leading), range(leading))))
+        n = turned.ndim - in_axes
+        dkernel = turned.transpose(*range(n, turned.ndim), *range(n))
     return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
 
 
@@ -146,10 +152,14 @@ class LayerNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype).astype(jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype).astype(jnp.float32)
         scale, bias = (jnp.expand_dims(p, range(x.ndim - 1)) for p in (scale, bias))
-        y = x.astype(jnp.float32)
-        y -= jnp.mean(y, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(y), axis=-1, keepdims=True)
-        return (y * (jax.lax.rsqrt(variance + self.epsilon) * scale) + bias).astype(self.dtype)
+
+        def normalise(x: Array, scale: Array, bias: Array) -> Array:
+            y = x.astype(jnp.float32)
+            y -= jnp.mean(y, axis=-1, keepdims=True)
+            variance = jnp.mean(jnp.square(y), axis=-1, keepdims=True)
+            return (y * (jax.lax.rsqrt(variance + self.epsilon) * scale) + bias).astype(self.dtype)
+
+        return recomputed(normalise)(x, scale, bias)
 
 
 class LayerScale(nn.Module):
