@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from vit_flax.models.layers import keep, kept
 from vit_flax.typing import Array, Float
 
 
@@ -57,11 +58,11 @@ def _cpu_forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]
     total = jnp.sum(weights, axis=-1, keepdims=True)
     y = _batched_dot(weights.astype(v.dtype), _heads(v), 1) / total  # dividing here is n / e times cheaper
     y = _tokens(y, q)
-    return y, (q, k, v, y, largest * _scale(q) + jnp.log(total))
+    return y, (*(keep(x) for x in (q, k, v, y)), largest * _scale(q) + jnp.log(total))
 
 
 def _cpu_backward(saved: tuple[Array, ...], dy: Array) -> tuple[Array, Array, Array]:
-    q, k, v, y, log_total = saved
+    q, k, v, y, log_total = (kept(x) for x in saved)
     qh, kh, dyh = _heads(q), _heads(k), _heads(dy)
     weights = jnp.exp(_batched_dot(qh, kh, 2) * _scale(q) - log_total)
     row_sums = jnp.sum(dy.astype(jnp.float32) * y.astype(jnp.float32), axis=-1, keepdims=True)
