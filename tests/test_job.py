@@ -134,7 +134,7 @@ class Killed(Exception):
 
 
 def test_metrics_and_tables_of_a_resumed_run(tmp_path, monkeypatch):
-    """Intervals of 3 and checkpoints every 4 steps: the run is cut in the middle of both, and goes on in an interval."""
+    """Intervals of 3 and checkpoints every 4 steps: the run is cut in the middle of both."""
     config = tiny_config(run__log_every_steps=3, run__log_layer_norms=True)
     train(config, tmp_path / "whole")
     real = train_log.TrainLog.__call__
