@@ -1,6 +1,6 @@
 """A small ViT, trained from scratch on a folder of your own pictures.
 
-Argument   the folder: FOLDER/<class>/*.jpg (a tenth is held out, by a hash of each path), or with train/ and val/ above.
+Argument   the folder: FOLDER/<class>/*.jpg (a tenth is held out, by a hash of each path), or train/ and val/ above.
            Without one, the digits, to see that everything runs.
 Result     depends on the pictures: with fewer than some thousands per class, configs/finetune.py does better
 Cost       2.5 GFLOP forward and 7.5 per training step and image, at 224 px
