@@ -19,7 +19,7 @@ from vit_flax.sweep.points import Sweep, load_sweep
 
 def main() -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="vit_flax.sweep", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="vit_flax.sweep", description="Runs a sweep, or goes on with it.")
     parser.add_argument("--sweep", required=True, help="the sweep file")
     parser.add_argument("--workdir", type=Path, help="folder of the sweep")
     parser.add_argument("--jobs", type=int, default=1, help="points that run at once, each in a process of its own")
