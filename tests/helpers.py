@@ -78,3 +78,19 @@ def shrink(config: ConfigDict) -> ConfigDict:
         for section in config.evals.values():
             section.every_steps = 1
     return config
+
+
+def spread_config(**overrides: object) -> ConfigDict:
+    """Masks per row, mixed rows, an average, an evaluation that does not divide; a mesh to set."""
+    config = tiny_config(run__ema_decay=0.9, optim__lr=1e-2, checkpoint__every_steps=4)
+    config.model.update(dict(width=32, mlp_dim=64, num_heads=4, dropout=0.1, drop_path=0.2))
+    config.model.update(dict(head_zero_init=False, posemb="learned", class_token=True, registers=1))
+    config.model.attention_impl = "xla"  # as on accelerators; the CPU's own form makes one axis of batch and heads
+    config.augment = dict(mean=(0.5,), std=(0.5,), mixup_alpha=0.5)
+    # The keys' biases have a gradient of zero but for rounding, which Adam would blow up to whole updates.
+    config.optim.update(dict(eps=1e-3, warmup_steps=0))
+    config.mesh = dict(data=-1, fsdp=1, tensor=1)
+    for key, value in overrides.items():
+        section, name = key.split("__")
+        config[section][name] = value
+    return config

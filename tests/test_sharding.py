@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from tests.helpers import tiny_config
+from tests.helpers import spread_config
 from vit_flax import sharding
 from vit_flax.checksums import by_path, checksums, differences
 from vit_flax.collectives import collectives
@@ -31,15 +31,8 @@ MESHES = {
 
 
 def config(scan=True, accumulate_steps=1):
-    """Everything that could come out differently on several devices is on: masks per row, mixed rows, an average."""
-    config = tiny_config(run__ema_decay=0.9, run__accumulate_steps=accumulate_steps, optim__lr=1e-2)
-    config.model.update(dict(width=32, depth=DEPTH, mlp_dim=64, num_heads=4, dropout=0.1, drop_path=0.2, scan=scan))
-    config.model.update(dict(head_zero_init=False, posemb="learned", class_token=True, registers=1))
-    config.model.attention_impl = "xla"  # as on accelerators; the CPU's own form makes one axis of batch and heads
-    config.augment = dict(mean=(0.5,), std=(0.5,), mixup_alpha=0.5)
-    # The keys' biases have a gradient of zero but for rounding, which Adam would blow up to whole updates.
-    config.optim.update(dict(eps=1e-3, warmup_steps=0))
-    return config
+    """Everything that could come out differently on several devices is on."""
+    return spread_config(model__scan=scan, model__depth=DEPTH, run__accumulate_steps=accumulate_steps)
 
 
 @dataclasses.dataclass
@@ -90,7 +83,7 @@ def test_training_on_eight_devices_equals_one(mesh, scan, accumulate_steps):
     for name in ("params", "ema"):
         ours, theirs = (by_path(getattr(r.state, name)) for r in (eight, one))
         for path, value in theirs.items():
-            largest = max(np.abs(value).max(), 1e-3)  # see `config`
+            largest = max(np.abs(value).max(), 1e-3)  # see `spread_config`
             np.testing.assert_allclose(ours[path], value, rtol=0, atol=1e-5 * largest, err_msg=f"{name}/{path}")
     moved = np.abs(one.state.params["patch_embed"]["kernel"] - first_state(scan).params["patch_embed"]["kernel"]).max()
     assert moved > 0.01  # much more than what is let pass
