@@ -1,4 +1,4 @@
-"""The benchmark command: its figures add up, cases take turns, nothing but five libraries is needed. No test measures time."""
+"""The benchmark command: figures add up, cases take turns, five libraries are enough. No test measures time."""
 
 import json
 import subprocess
@@ -95,7 +95,7 @@ BLOCK = """
 import sys
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"ml_collections", "jaxtyping", "rich", "grain", "orbax", "PIL", "tensorflow_datasets"}:
+        if name.split(".")[0] in {"ml_collections", "jaxtyping", "rich", "grain", "orbax", "PIL"}:
             raise ModuleNotFoundError(name, name=name)
 sys.meta_path.insert(0, Block())
 import runpy
