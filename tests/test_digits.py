@@ -1,11 +1,15 @@
 import multiprocessing
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from vit_flax.data.digits import NUM_TEST, SPLIT_SEED, prepare_digits, read_digits
 from vit_flax.data.sources import make_source
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +56,15 @@ def test_a_foreign_folder_in_its_place_is_left_alone(tmp_path):
     assert (foreign / "mine.txt").read_text() == "mine"
 
 
-def test_reads_without_tensorflow(data_dir):
-    make_source(name="digits", split="train", data_dir=data_dir)[0]
-    assert "tensorflow" not in sys.modules
-    assert "sklearn" not in sys.modules
+def test_reads_without_tensorflow_and_without_importing_scikit_learn(data_dir):
+    code = """
+import sys
+from vit_flax.data.sources import make_source
+make_source(name="digits", split="train", data_dir=sys.argv[1])[0]
+print(sorted({"tensorflow", "sklearn"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(data_dir)], cwd=ROOT, text=True, capture_output=True)
+    assert done.stdout.strip() == "[]", done.stderr[-2000:]
 
 
 def _pixels(example):

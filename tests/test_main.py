@@ -62,6 +62,13 @@ def test_mistakes_get_one_screen_and_no_traceback(arguments, message, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_config_that_raises_is_told_in_two_lines():
+    done = launch("--config", "configs/vit_from_scratch_512.py:nope", "--mode=dry_run")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("ValueError: unknown argument 'nope': write nothing")
+    assert "Traceback" not in done.stderr
+
+
 def test_a_config_that_is_not_there():
     done = launch("--config", "configs/nope.py", "--workdir", "x")
     assert done.returncode == 2

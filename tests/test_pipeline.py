@@ -7,7 +7,7 @@ import pytest
 from vit_flax.data import make_data
 from vit_flax.data.arrays import Arrays
 from vit_flax.data.decode import DecodeError
-from vit_flax.data.pipeline import eval_batches, train_batches
+from vit_flax.data.pipeline import Ahead, eval_batches, train_batches
 
 
 class AsIs:
@@ -121,17 +121,24 @@ def test_neighbouring_seeds_share_no_epoch():
     assert len(orders) == 9
 
 
+@pytest.mark.parametrize("transform", [AsIs(), AddNoise()])
 @pytest.mark.parametrize("process_count", [2, 4])
-def test_processes_share_the_global_batch(process_count):
-    source, arguments = numbered(21), {"transform": AddNoise(), "batch_size": 8, "seed": 1}
+def test_parts_of_the_processes_in_their_order_are_the_global_batch(process_count, transform):
+    """Row by row: masks of dropout and partners of mixup belong to a row, so that its order matters."""
+    source, arguments = numbered(21), {"transform": transform, "batch_size": 8, "seed": 1, "start_step": 1}
     whole = take(train_batches(source, **arguments), 4)
     parts = [
         take(train_batches(source, process_index=i, process_count=process_count, **arguments), 4)
         for i in range(process_count)
     ]
-    for step, batch in enumerate(whole):
-        pixels = np.concatenate([part[step]["image"] for part in parts]).reshape(8, -1)
-        assert sorted(map(bytes, pixels)) == sorted(map(bytes, batch["image"].reshape(8, -1)))
+    assert_same(whole, [{k: np.concatenate([part[k] for part in step]) for k in step[0]} for step in zip(*parts)])
+
+
+def test_parts_of_an_evaluation_in_their_order_are_the_global_batch():
+    arguments = {"transform": AsIs(), "batch_size": 8}
+    parts = [eval_batches(numbered(21), process_index=i, process_count=2, **arguments) for i in range(2)]
+    joined = [{k: np.concatenate([part[k] for part in step]) for k in step[0]} for step in zip(*parts)]
+    assert_same(list(eval_batches(numbered(21), **arguments)), joined)
 
 
 @pytest.mark.parametrize("decode_once", [True, False])
@@ -371,3 +378,34 @@ def test_make_data_compares_the_classes(tmp_path):
         make_data(source={"name": "aray"}, **data)
     with pytest.raises(TypeError, match="num_worker"):
         make_data(source={"name": "arrays", "path": tmp_path / "a.npz"}, num_worker=2, **data)
+
+
+def test_ahead_pairs_batches_with_what_was_skipped_in_them():
+    source, arguments = Fails(10, {3, 4}), {"transform": AsIs(), "batch_size": 5, "seed": 0, "on_error": "skip"}
+    expected = [int((batch["skipped"] >= 0).sum()) for batch in with_skipped(train_batches(source, **arguments), 6)]
+    assert sum(expected) == 6  # two bad records in each of three epochs
+    ahead = Ahead(train_batches(source, **arguments), put=lambda batch: batch["image"], put_count=float)
+    found = []
+    for _ in range(6):
+        assert next(ahead).shape == (5, 1, 1, 2)
+        found.append(ahead.counts)
+    assert found == [{"skipped_records": count} for count in expected]
+    strict = Ahead(train_batches(Fails(10, set()), **arguments), put=len, put_count=None)
+    next(strict)
+    assert strict.counts == {}
+
+
+def with_skipped(batches, num_batches):
+    """Batches as Grain delivers them."""
+    return list(itertools.islice(batches._iterator[0], num_batches))
+
+
+def test_ahead_raises_only_when_the_bad_batch_is_asked_for():
+    arguments = {"transform": AsIs(), "batch_size": 1, "seed": 0, "decode_once": False, "num_threads": 1}
+    order = [int(batch["image"][0, 0, 0, 0]) for batch in take(train_batches(Fails(10, set()), **arguments), 10)]
+    bad = order[4]
+    ahead = Ahead(train_batches(Fails(10, {bad}), **arguments), put=len, put_count=None)
+    assert [next(ahead) for _ in range(4)] == [3] * 4
+    for _ in range(2):
+        with pytest.raises((DecodeError, FileNotFoundError), match=f"row {bad}"):
+            next(ahead)

@@ -13,8 +13,8 @@ import pytest
 
 from tests.helpers import metrics_lines, tiny_config
 from vit_flax.config import ConfigError
-from vit_flax.hooks import EXIT_PREEMPTED
 from vit_flax.job import build
+from vit_flax.signals import EXIT_PREEMPTED
 from vit_flax.trainer import evaluate, train
 
 ROOT = Path(__file__).parent.parent

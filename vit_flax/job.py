@@ -5,29 +5,44 @@ and each method of `Job` makes one part, in a notebook as in `train`.
 """
 
 import dataclasses
-import time
-from collections.abc import Callable, Iterator, Mapping
+import inspect
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vit_flax import sharding, workdir
+from vit_flax import peak, pictures, sharding, workdir
 from vit_flax.augment import augment, normalize
+from vit_flax.bad_steps import BadSteps
 from vit_flax.checkpoint import Checkpoints
-from vit_flax.config import Config, ConfigError, bind, check_names, check_section, hparams_of, in_steps, plain
-from vit_flax.data import Data, make_data
+from vit_flax.config import Config, ConfigError, bind, check_names, check_section, flatten, hparams_of, in_steps, plain
+from vit_flax.data import Ahead, Data, make_data
 from vit_flax.evals import EVALS
-from vit_flax.hooks import Every, Hook
+from vit_flax.evals.hook import EvaluationHook
+from vit_flax.files import write_atomically
+from vit_flax.finetune import FromScratch, Init, Start
+from vit_flax.hooks import Every, Hook, Profile
 from vit_flax.losses import LOSSES
 from vit_flax.models import make_model
+from vit_flax.models.flops import forward_flops
 from vit_flax.models.vit import ViT
-from vit_flax.optim import make_optimizer
+from vit_flax.optim import ema_update, eval_params, make_optimizer
+from vit_flax.param_groups import layer_norms
+from vit_flax.schedules import make_schedule
+from vit_flax.signals import StopSignal
+from vit_flax.sinks import SINKS, Sink, check_installed
+from vit_flax.sinks.files import Files
 from vit_flax.step import TrainState, classification, init_state, train_step
+from vit_flax.train_log import TrainLog
 from vit_flax.update_rules import RULES
-from vit_flax.writer import TrainLog, Writer
+from vit_flax.writer import Writer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +55,13 @@ class Run:
       log_every_steps: length of the intervals over which training metrics are averaged.
       accumulate_steps: a batch is cut into so many parts, to save memory.
       ema_decay: of a moving average of the parameters, evaluated beside them; 0 for none.
+      ema_warmup: early steps keep less of the average, at most (1 + step) / (10 + step); DeiT's recipe does not.
+      log_layer_norms: also the norms of gradient and update of each block and of each module outside the blocks.
+      peak_tflops: of one device, for MFU: "known" (from a table; no MFU where the device is not in it), "measured" (at
+        the start) or a number. See `peak`.
+      profile_steps: number of the first and of the last step of a profiler trace, from 2 on; None for no trace.
       max_skipped_steps: stops the run after so many steps in a row that were not finite.
+      dump_bad_batches: keeps so many of the batches of such steps in the workdir, to look at.
     """
 
     seed: int
@@ -48,7 +69,12 @@ class Run:
     log_every_steps: int
     accumulate_steps: int = 1
     ema_decay: float = 0.0
+    ema_warmup: bool = True
+    log_layer_norms: bool = False
+    peak_tflops: float | str = "known"
+    profile_steps: Sequence[int] | None = None
     max_skipped_steps: int = 10
+    dump_bad_batches: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +83,7 @@ class Job:
 
     config: dict[str, Any]
     run: Run
+    start: Start | FromScratch
     data: Data
     model: ViT
     mesh: jax.sharding.Mesh
@@ -66,27 +93,63 @@ class Job:
     @property
     def checkpoint(self) -> dict[str, Any]:
         """Arguments of `Checkpoints`."""
-        return {k: v for k, v in self.sections["checkpoint"].items() if k != "every_steps"}
+        return {k: v for k, v in self.sections["checkpoint"].items() if k not in SCHEDULES}
 
-    @property
-    def save_every_steps(self) -> int | None:
-        """Distance of the checkpoints."""
-        return self.sections["checkpoint"]["every_steps"]
+    def every(self, section: str, action: Callable[[int, TrainState], Any]) -> Every:
+        """An action on the schedule that a section of the config gives."""
+        schedule = {key: self.sections[section][key] for key in SCHEDULES if key in self.sections[section]}
+        return Every(action, total_steps=self.run.total_steps, **schedule)
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for two processes to be two lives of one run."""
-        return {**workdir.identity(self.config), "data": self.data.fingerprint()}
+        # As JSON, like the identity in a checkpoint that it is compared with: tuples are lists there.
+        return json.loads(json.dumps({**workdir.identity(self.config), "data": self.data.fingerprint()}))
 
-    def init(self) -> TrainState:
-        """The state before the first step (to be jitted)."""
+    def about(self) -> dict[str, Any]:
+        """What somebody who opens a checkpoint wants to know; JSON values."""
+        preprocessing = {
+            "image_shape": list(self.data.image_shape),
+            "transforms": [dict(op) for op in self.config["data"]["eval_transforms"]],
+            "mean": list(self.sections["augment"]["mean"]),
+            "std": list(self.sections["augment"]["std"]),
+        }
+        return {"config": self.config, "class_names": list(self.data.class_names), "preprocessing": preprocessing}
+
+    def for_readers(self) -> dict[str, Any]:
+        """What a user of the run's checkpoints needs besides its config."""
+        return {"image_shape": self.data.image_shape, "class_names": self.data.class_names}
+
+    def pretrained(self) -> dict[str, Any]:
+        """The parameters that a new run takes from a checkpoint, by path; prints what became of all of them."""
+        params, report = self.start.load(self.model, self.data.image_shape)
+        if report is not None and jax.process_index() == 0:
+            print(report, flush=True)
+        return params
+
+    def init(self, pretrained: Mapping[str, Any] | None = None) -> TrainState:
+        """The state before the first step (to be jitted), with `pretrained` in the place of those initial parameters.
+
+        Raises: ValueError: the model has no parameter of that name and shape.
+        """
         h, w, c = self.data.image_shape
         image = jnp.zeros((1, h, w, c))
         return init_state(
             jax.random.key(self.run.seed),
-            init=lambda key: self.model.init(key, image, train=False)["params"],
+            init=lambda key: _with(self.model.init(key, image, train=False)["params"], pretrained or {}),
             optimizer=self.optimizer(),
             hparams={name: jnp.asarray(value, jnp.float32) for name, value in self.hparams.items()},
         )
+
+    @property
+    def apply(self) -> Callable[..., Any]:
+        """`model.apply` on the mesh."""
+        return sharding.keep_batch_cut(self.model.apply, self.mesh)
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and places of the state, as `jax.ShapeDtypeStruct`s."""
+        abstract = jax.eval_shape(self.init)
+        shardings = sharding.state_sharding(abstract, self.mesh)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
 
     def optimizer(self) -> Callable[..., Any]:
         """`hparams -> GradientTransformation`."""
@@ -99,7 +162,7 @@ class Job:
         loss = {k: v for k, v in self.sections["loss"].items() if k != "name"}
         objective = partial(
             classification,
-            apply=bind(self.model.apply, "model", {}),
+            apply=bind(self.apply, "model", {}),
             augment=bind(augment, "augment", self.sections["augment"]),
             loss=bind(LOSSES[self.sections["loss"]["name"]], "loss", loss),
             num_classes=self.data.num_classes,
@@ -109,58 +172,132 @@ class Job:
             objective=objective,
             optimizer=self.optimizer(),
             accumulate_steps=self.run.accumulate_steps,
+            ema_update=partial(ema_update, warmup=self.run.ema_warmup),
+            **(dict(layer_norms=layer_norms) if self.run.log_layer_norms else {}),
         )
-        return jax.jit(step, donate_argnums=0)
+        places = jax.tree.map(lambda x: x.sharding, self.abstract_state())
+        return jax.jit(step, donate_argnums=0, out_shardings=(places, sharding.everywhere(self.mesh)))
 
-    def train_batches(self, start_step: int) -> Iterator[dict[str, jax.Array]]:
+    def train_batches(self, start_step: int) -> Ahead:
         """Batches on the devices from `start_step` on; one is always on its way while another is worked on."""
-        batches = self.data.train(
-            seed=self.run.seed,
-            start_step=start_step,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
+        index, count = sharding.data_shard(self.mesh)
+        batches = self.data.train(seed=self.run.seed, start_step=start_step, process_index=index, process_count=count)
         put = partial(sharding.put_batch, mesh=self.mesh, global_batch_size=self.data.batch_size)
-        ahead = put(next(batches))
-        while True:
-            batch, ahead = ahead, put(next(batches))
-            yield batch
+        return Ahead(batches, put, jnp.float32 if self.data.reading["on_error"] == "skip" else None)
 
-    def train_log(self, writer: Writer) -> TrainLog:
-        """Averages and writes the metrics of the steps."""
+    def draw(self, batch: dict[str, jax.Array], writer: Writer) -> None:
+        """Gives the writer a picture of a batch, as the augmentation leaves it."""
+        images, labels = (sharding.local_rows(batch[name])[:24] for name in ("image", "label"))
+        targets = labels if labels.ndim == 2 else np.eye(self.data.num_classes)[labels]
+        change = bind(augment, "augment", self.sections["augment"])
+        seen, targets = jax.jit(lambda *arrays: change(jax.random.key(self.run.seed), *arrays, hparams={}))(
+            images, targets.astype(np.float32)
+        )
+        pixels = {k: np.asarray(self.sections["augment"][k], np.float32) for k in ("mean", "std")}
+        shown = np.clip(255 * (np.asarray(seen, np.float32) * pixels["std"] + pixels["mean"]), 0, 255).astype(np.uint8)
+        captions = [pictures.caption(row, self.data.class_names) for row in np.asarray(targets)]
+        writer.picture(1, "train/batch", pictures.grid(shown, captions))
+
+    def writer(self, folder: Path | None, *, start_step: int) -> Writer:
+        """The console and, where there is a folder, the files and the sinks of the config."""
+        if folder is None:
+            return Writer(None, {}, start_step=start_step, total_steps=self.run.total_steps)
+        supplied = {"workdir": folder, "start_step": start_step, "config": flatten(self.config)}
+        sinks: dict[str, Callable[[], Sink]] = {"files": partial(Files, workdir=folder, start_step=start_step)}
+        for section in self.sections:
+            kind, _, name = section.partition(".")
+            if kind == "sinks":
+                takes = {k: v for k, v in supplied.items() if k in inspect.signature(SINKS[name]).parameters}
+                sinks[name] = partial(SINKS[name], **takes, **self.sections[section])
+        return Writer(folder, sinks, start_step=start_step, total_steps=self.run.total_steps)
+
+    def train_log(self, writer: Writer, open_interval: Mapping[str, Any]) -> TrainLog:
+        """Averages and writes the metrics of the steps; goes on with the interval that an earlier process left open."""
+        found = peak.find_peak(self.run.peak_tflops, jnp.dtype(self.model.dtype).name)
+        if found is not None:
+            writer.say(f"MFU is a part of {found[0] / 1e12:,.1f} TFLOP/s per device ({found[1]}).")
+        facts = self.facts() | {"peak_flops": found and found[0], "peak_source": found and found[1]}
+        if writer.workdir is not None and writer.active:
+            write_atomically(writer.workdir / "facts.json", json.dumps(facts, indent=2) + "\n")
         return TrainLog(
             writer,
             every_steps=self.run.log_every_steps,
             batch_size=self.data.batch_size,
             total_steps=self.run.total_steps,
-            max_skipped=self.run.max_skipped_steps,
+            start_step=writer.start_step,
+            open_interval=open_interval,
+            learning_rates=self.learning_rates(),
+            mfu_per_image_per_sec=found and facts["train_flops_per_image"] / (found[0] * facts["num_devices"]),
         )
 
-    def evaluations(self, writer: Writer, log: TrainLog | None, results: dict[str, float]) -> list[Hook]:
-        """One hook per entry of `evals`; each writes its metrics and puts them into `results`."""
-        split = self.data.eval(process_index=jax.process_index(), process_count=jax.process_count())
-        put = partial(sharding.put_batch, mesh=self.mesh, global_batch_size=self.data.eval_batch_size)
-        pixels = {k: self.sections["augment"][k] for k in ("mean", "std")}
+    def bad_steps(self, writer: Writer) -> BadSteps:
+        """Reports steps that are not finite, and ends the run after too many."""
+        assert writer.workdir is not None
+        return BadSteps(
+            max_in_a_row=self.run.max_skipped_steps,
+            folder=writer.workdir / "bad_batches",
+            max_dumps=self.run.dump_bad_batches,
+            say=writer.say,
+        )
 
-        def hook(name: str, section: dict[str, Any]) -> Every:
+    def learning_rates(self) -> np.ndarray:
+        """The learning rate of each step of the run, before any factor per parameter."""
+        section = {k: v for k, v in self.sections["optim"].items() if k in inspect.signature(make_schedule).parameters}
+        schedule = make_schedule(**section, total_steps=self.run.total_steps)
+        return np.asarray(jax.jit(schedule)(np.arange(self.run.total_steps)))
+
+    def facts(self) -> dict[str, Any]:
+        """What the config does not say and a report wants to; JSON values."""
+        h, w, c = self.data.image_shape
+        ph, pw = (self.model.patch_size,) * 2 if isinstance(self.model.patch_size, int) else self.model.patch_size
+        return {
+            "total_steps": self.run.total_steps,
+            "num_params": sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(self.init).params)),
+            "train_flops_per_image": 3 * forward_flops(self.model, (h // ph, w // pw), channels=c),
+            "num_train_examples": self.data.num_train,
+            "image_shape": [h, w, c],
+            "device_kind": jax.devices()[0].device_kind,
+            "num_devices": jax.device_count(),
+        }
+
+    def evaluations(
+        self, writer: Writer, log: TrainLog | None, results: dict[str, float], stop: StopSignal
+    ) -> dict[str, Hook]:
+        """One hook per entry of `evals`, in its order; each writes its metrics and puts them into `results`."""
+        index, count = sharding.data_shard(self.mesh)
+        split = self.data.eval(process_index=index, process_count=count)
+
+        def hook(name: str) -> Every:
+            section = self.sections[f"evals.{name}"]
             evaluation = EVALS[section["type"]](
-                apply=self.model.apply,
-                normalize=partial(normalize, **pixels),
-                batches=lambda: map(put, split),
+                apply=self.apply,
+                normalize=partial(normalize, **{k: self.sections["augment"][k] for k in ("mean", "std")}),
+                batches=lambda: stop.until_received(split),
+                put=partial(sharding.put_batch, mesh=self.mesh, global_batch_size=self.data.eval_batch_size),
+                rows=sharding.batch_sharding(self.mesh),
+                num_classes=self.data.num_classes,
             )
+            run = EvaluationHook(
+                name,
+                evaluation,
+                weights=eval_params,
+                writer=writer,
+                log=log,
+                results=results,
+                class_names=self.data.class_names,
+                example_id=lambda row: str(self.data.eval_source[row]["id"]),
+            )
+            return self.every(f"evals.{name}", run)
 
-            def run(step: int, state: TrainState) -> None:
-                since = time.perf_counter()
-                found = {f"{name}/{metric}": value for metric, value in evaluation.run(state).items()}
-                results.update(found)
-                if log is not None:
-                    log.exclude(time.perf_counter() - since)
-                writer.write(step, found)
-                writer.say(f"step {step} " + "  ".join(f"{k} {v:.4f}" for k, v in found.items()))
+        return {name: hook(name) for name in self.config["evals"]}
 
-            return Every(run, every_steps=section["every_steps"], total_steps=self.run.total_steps)
-
-        return [hook(name, self.sections[f"evals.{name}"]) for name in self.config["evals"]]
+    def profile(self, writer: Writer) -> Hook:
+        """Records a trace of the profiler, where the config asks for one."""
+        if self.run.profile_steps is None or writer.workdir is None:
+            return lambda step, state: None
+        hook = Profile(self.run.profile_steps, folder=writer.workdir / "profile", say=writer.say)
+        writer.closing.callback(hook.close)
+        return hook
 
 
 # Section -> the callable whose signature is its schema (or a dict of them, by name), and the arguments that the
@@ -173,20 +310,33 @@ SECTIONS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "loss": (LOSSES, ("logits", "targets", "mask")),
     "optim": (make_optimizer, ("total_steps",)),
     "checkpoint": (Checkpoints, ("directory",)),
-    "evals": (EVALS, ("apply", "normalize", "batches")),
+    "evals": (EVALS, ("apply", "normalize", "batches", "put", "rows", "num_classes")),
+    "mesh": (sharding.make_mesh, ("devices",)),
+    "sinks": (SINKS, ("workdir", "start_step", "config")),
+    "init": (Init, ()),
 }
+# Of these, a section that happens every so often has exactly one (`every_epochs` becomes `every_steps`).
+SCHEDULES = ("every_steps", "every_secs")
+# Sections that a config may leave out. `metrics.jsonl` and `pictures/` are written without a sink.
+OPTIONAL = ("init", "mesh", "sinks")
+DEFAULT_MESH: dict[str, Any] = {}
+DEFAULT_SINKS: dict[str, dict[str, Any]] = {"csv": {}, "tensorboard": {}}
 
 
-def build(config: Config) -> Job:
+def build(config: Config, devices: Sequence[Any] | None = None) -> Job:
     """Checks a config and turns it into parts; reads headers of the data and one picture, compiles nothing.
 
     Args:
       config: a ConfigDict or nested dicts, with the sections `SECTIONS`.
+      devices: to run on; all there are where it is None.
 
     Raises: ConfigError: names the key, what was found and what to do.
     """
-    config = plain(config)
-    check_names("", config, SECTIONS, required=SECTIONS)
+    config = {"mesh": DEFAULT_MESH} | plain(config)
+    check_names("", config, SECTIONS, required=[name for name in SECTIONS if name not in OPTIONAL])
+    start = _make_start(config)
+    with _named("init"):
+        config = start.complete_data(config)
     check_section("data", config["data"], make_data)
     with _named("data"):
         data = make_data(**config["data"])
@@ -195,34 +345,72 @@ def build(config: Config) -> Job:
             f"data.batch_size={data.batch_size} is larger than the {data.num_train} examples of "
             f"{config['data']['train_split']!r}: choose a smaller batch or a larger split."
         )
+    with _named("init"):
+        config = start.complete_model(config, data.num_classes, data.image_shape)
     steps_per_epoch = data.num_train / data.batch_size
-    evals = {f"evals.{name}": section for name, section in config["evals"].items()}
-    given = {name: section for name, section in config.items() if name != "evals"} | evals
+    given = {name: section for name, section in config.items() if name not in ("evals", "sinks")}
+    given |= {f"evals.{name}": section for name, section in config["evals"].items()}
+    sinks = config.get("sinks", DEFAULT_SINKS)
+    check_names("sinks.", sinks, SINKS)
+    given |= {f"sinks.{name}": section for name, section in sinks.items()}
     sections = {name: in_steps(name, section, steps_per_epoch) for name, section in given.items()}
     for name, section in sections.items():
         _check(name, section)
+    run = Run(**sections["run"])
+    with _named("mesh"):
+        mesh = sharding.make_mesh(**sections["mesh"], devices=devices)
+    with _named("data"):
+        sharding.check_batch_size("data.batch_size", data.batch_size, mesh, run.accumulate_steps)
+        sharding.check_batch_size("data.eval_batch_size", data.eval_batch_size, mesh)
     job = Job(
         config=config,
-        run=Run(**sections["run"]),
+        run=run,
+        start=start,
         data=data,
         model=_make_model(sections, data),
-        mesh=sharding.make_mesh(),
+        mesh=mesh,
         sections=sections,
         hparams=hparams_of(sections),
     )
     with _named("the config"):
-        jax.eval_shape(job.init)
+        abstract = jax.eval_shape(job.init)
+    with _named("mesh"):
+        sharding.param_shardings(abstract.params, mesh)
     return job
+
+
+def _make_start(config: Mapping[str, Any]) -> Start | FromScratch:
+    if "init" not in config:
+        return FromScratch()
+    check_section("init", config["init"], Init)
+    with _named("init"):
+        return Start(config["init"])
+
+
+def _with(params: Any, pretrained: Mapping[str, Any]) -> Any:
+    """The parameters with some of them replaced."""
+    flat: dict[str, Any] = dict(flatten_dict(params, sep="/"))
+    for path, value in pretrained.items():
+        if path not in flat or flat[path].shape != value.shape:
+            found = flat[path].shape if path in flat else "no such parameter"
+            raise ValueError(f"init: the checkpoint gives {path} {value.shape}, the model of the run has {found}.")
+        flat[path] = jnp.asarray(value, flat[path].dtype)
+    return unflatten_dict(flat, sep="/")
 
 
 def _check(name: str, section: Mapping[str, Any]) -> None:
     """Checks one section against the callable that it is for."""
-    schema, supplied = SECTIONS[name.split(".")[0]]
+    kind, _, key = name.partition(".")
+    schema, supplied = SECTIONS[kind]
     extra: set[str] = set()
-    if name == "checkpoint" or name.startswith("evals."):
-        extra.add("every_steps")
-    if isinstance(schema, dict):  # the section names its callable
-        which = "name" if name == "loss" else "type"
+    if kind in ("checkpoint", "evals"):
+        extra.add("every_secs" if "every_secs" in section else "every_steps")
+    if kind == "sinks":
+        schema = SINKS[key]
+        with _named(name):
+            check_installed(key)
+    elif isinstance(schema, dict):  # the section names its callable
+        which = "name" if kind == "loss" else "type"
         check_names(f"{name}.", [which] if which in section else [], [which], required=[which])
         if section[which] not in schema:
             raise ConfigError(f"{name}.{which}={section[which]!r} is unknown: expected one of {', '.join(schema)}.")

@@ -12,9 +12,10 @@ import sys
 from typing import NoReturn
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from vit_flax.config import flatten, plain
+from vit_flax.config import ConfigError, flatten, plain
+from vit_flax.signals import exit_on_signals
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment: a Python file with get_config(), or FILE:ARGUMENT.", lock_config=True
@@ -26,10 +27,29 @@ _MODE = flags.DEFINE_enum(
     ["train", "eval", "dry_run"],
     "train (or go on), evaluate the newest checkpoint, or print what would be trained.",
 )
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    None,
+    "For a job of several processes: host:port of process 0, or auto, to find everything out from Slurm, Open MPI, a "
+    "TPU pod slice or Kubernetes.",
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Of the job, with --coordinator host:port.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0, with --coordinator host:port.")
+_START_TIMEOUT = flags.DEFINE_integer("start_timeout_secs", 300, "For all processes to be there.", lower_bound=1)
+_HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
+    "heartbeat_timeout_secs", 100, "A process that is silent for so long counts as dead.", lower_bound=1
+)
+_SHUTDOWN_TIMEOUT = flags.DEFINE_integer(
+    "shutdown_timeout_secs", 300, "For the other processes to end too.", lower_bound=1
+)
+_VIRTUAL_DEVICES = flags.DEFINE_integer(
+    "virtual_devices", None, "Runs on the CPU as if it were so many devices (per process).", lower_bound=1
+)
 
 
 def main(argv: list[str]) -> None:
     """Runs one mode; what the user can put right ends with a message and exit code 2, without a traceback."""
+    exit_on_signals()
     if len(argv) > 1:
         _stop(f"unexpected argument {argv[1]!r}: options start with --config, --workdir or --mode.")
     try:
@@ -41,26 +61,48 @@ def main(argv: list[str]) -> None:
     if _MODE.value != "dry_run" and not _WORKDIR.value:
         _stop("--workdir is needed: a folder for checkpoints and metrics.")
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
+    from vit_flax import distributed
+
+    with distributed.end_together():
+        try:
+            _run(config)
+        except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+            several = distributed.is_started() and not isinstance(error, ConfigError)
+            if os.environ.get("VIT_FLAX_TRACEBACK") or several:
+                raise
+            _stop(f"{error}\n(VIT_FLAX_TRACEBACK=1 shows where.)", code=2)
+
+
+def _run(config: ConfigDict) -> None:
+    """Sets JAX up, then starts the mode."""
+    import jax
+
+    from vit_flax import distributed
     from vit_flax.cache import enable_compilation_cache
     from vit_flax.dry_run import dry_run
     from vit_flax.trainer import evaluate, train
 
+    if _VIRTUAL_DEVICES.value:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", _VIRTUAL_DEVICES.value)
+    timeouts = distributed.Timeouts(_START_TIMEOUT.value, _HEARTBEAT_TIMEOUT.value, _SHUTDOWN_TIMEOUT.value)
+    distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, timeouts)
     enable_compilation_cache()
-    try:
-        if _MODE.value == "dry_run":
-            dry_run(config)
-        else:
-            {"train": train, "eval": evaluate}[_MODE.value](config, _WORKDIR.value)
-    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
-        if os.environ.get("VIT_FLAX_TRACEBACK"):
-            raise
-        _stop(f"{error}\n(VIT_FLAX_TRACEBACK=1 shows where.)", code=2)
+    if _MODE.value == "dry_run":
+        dry_run(config)
+    else:
+        {"train": train, "eval": evaluate}[_MODE.value](config, _WORKDIR.value)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """The parser of absl, with a message instead of a traceback for a key that the config does not have."""
+    """The parser of absl, with a message instead of a traceback for what the command line or the config has wrong."""
     try:
-        return app.parse_flags_with_usage(argv)
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        if os.environ.get("VIT_FLAX_TRACEBACK"):
+            raise
+        message, _, traceback = str(error).partition("Traceback")  # of a config file that raises
+        _stop("".join([message.strip(), *(f"\n{line}" for line in traceback.strip().splitlines()[-1:])]))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         _stop(_explain(argv, str(error)))
 

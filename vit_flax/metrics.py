@@ -22,7 +22,7 @@ def batch_sums(
     *,
     confusion: bool = False,
 ) -> dict[str, Any]:
-    """Sums over one batch of single-label classification.
+    """Sums over one batch of single-label classification, over all of it and per class.
 
     Args:
         logits: unnormalised scores.
@@ -38,6 +38,7 @@ def batch_sums(
     hits = ranked == labels[:, None]
     predicted, confidence = ranked[:, 0], jnp.exp(jnp.max(log_p, axis=-1))
     bins = jnp.clip(jnp.ceil(confidence * NUM_BINS).astype(jnp.int32) - 1, 0, NUM_BINS - 1)
+    per_class = jnp.zeros((num_classes,), jnp.int32)
     in_bin = jax.nn.one_hot(bins, NUM_BINS, dtype=bool) & mask[:, None]
     sums = {
         "count": jnp.sum(mask.astype(jnp.int32)),
@@ -47,6 +48,9 @@ def batch_sums(
         "bin_count": jnp.sum(in_bin.astype(jnp.int32), axis=0),
         "bin_top1": jnp.sum((in_bin & hits[:, :1]).astype(jnp.int32), axis=0),
         "bin_confidence": jnp.sum(jnp.where(in_bin, confidence[:, None], 0.0), axis=0),
+        "class_count": per_class.at[labels].add(mask.astype(jnp.int32)),
+        "class_predicted": per_class.at[predicted].add(mask.astype(jnp.int32)),
+        "class_top1": per_class.at[labels].add((hits[:, 0] & mask).astype(jnp.int32)),
     }
     if confusion:
         pairs = jnp.zeros((num_classes, num_classes), jnp.int32)

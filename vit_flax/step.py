@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from vit_flax.typing import Array, Float, PyTree
+from vit_flax.typing import Array, PyTree
 
 Metrics = dict[str, Array]
 Objective = Callable[[PyTree, dict[str, Array], Array, dict[str, Array]], tuple[Array, Metrics]]
@@ -28,7 +28,7 @@ class TrainState(struct.PyTreeNode):
       ema: moving average of `params`, or None.
       key: the run's random key; never changes, a step folds its number in.
       hparams: the numbers that a sweep may vary, by their dotted config key (see docs/architecture.md).
-      skipped_steps: steps whose loss, gradient or update was not finite, since the start, int32.
+      skipped_steps: steps that were skipped because something was not finite, since the start, int32.
       skipped_in_a_row: the same, since the last good step, int32.
     """
 
@@ -72,6 +72,14 @@ def init_state(
     )
 
 
+def _no_average(*_: Any) -> PyTree:
+    raise TypeError("This state has a moving average: give train_step an ema_update, such as optim.ema_update.")
+
+
+def _no_layers(_: PyTree) -> Metrics:
+    return {}
+
+
 def train_step(
     state: TrainState,
     batch: dict[str, Array],
@@ -79,10 +87,13 @@ def train_step(
     objective: Objective,
     optimizer: Callable[[dict[str, Array]], optax.GradientTransformation],
     accumulate_steps: int = 1,
+    ema_update: Callable[..., PyTree] = _no_average,
+    layer_norms: Callable[[PyTree], Metrics] = _no_layers,
 ) -> tuple[TrainState, Metrics]:
     """Takes one optimiser step.
 
-    A loss, gradient or update that is not finite leaves parameters, optimiser and average bit-unchanged and is counted.
+    Where the loss, the gradient, the update or the new parameters are not finite, parameters, optimiser and average
+    stay as they are, bit for bit, and the step is counted.
 
     Args:
       state: is consumed (its buffers are donated).
@@ -90,24 +101,29 @@ def train_step(
       objective: `(params, batch, key, hparams) -> (mean loss, metrics)`.
       optimizer: makes the optimiser from `state.hparams`; its update already holds the learning rate.
       accumulate_steps: the batch is cut into that many parts, one after the other, to save memory.
+      ema_update: `(ema, params, step, decay) -> ema`, for a state that has one.
+      layer_norms: norms of the parts of a gradient or update, by name; the default has none.
 
     Raises: ValueError: the parts would not be equal.
 
-    Returns: the new state, and scalars: those of the objective, `loss`, `grad_norm`, `update_norm`, `param_norm`.
+    Returns: the new state, and scalars: those of the objective, `loss`, `grad_norm`, `update_norm`, `param_norm` (of
+      the new parameters), `grad_norm/<part>` and `update_norm/<part>` of `layer_norms`, `skipped` (0 or 1) and
+      `skipped_in_a_row`.
     """
     key = jax.random.fold_in(state.key, state.step)
     loss, metrics, grads = _gradients(objective, state, batch, key, accumulate_steps)
     updates, opt_state = optimizer(state.hparams).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    norms = {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
-    ok = jnp.isfinite(loss) & jnp.isfinite(norms["grad_norm"]) & jnp.isfinite(norms["update_norm"])
+    trees = {"grad_norm": grads, "update_norm": updates, "param_norm": params}
+    numbers = {"loss": loss, **{name: optax.tree.norm(tree) for name, tree in trees.items()}}
+    ok = jnp.all(jnp.isfinite(jnp.stack([x.astype(jnp.float32) for x in numbers.values()])))
 
     def keep_if_bad(new: PyTree, old: PyTree) -> PyTree:
         return jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
 
     ema = state.ema
     if ema is not None:
-        ema = keep_if_bad(_moving_average(ema, params, state.step, state.hparams["run.ema_decay"]), ema)
+        ema = keep_if_bad(ema_update(ema, params, state.step, state.hparams["run.ema_decay"]), ema)
     bad = 1 - ok.astype(jnp.int32)
     new_state = state.replace(
         step=state.step + 1,
@@ -117,8 +133,9 @@ def train_step(
         skipped_steps=state.skipped_steps + bad,
         skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
     )
-    metrics = {"loss": loss, **metrics, **norms, "param_norm": optax.tree.norm(new_state.params)}
-    return new_state, {**metrics, "skipped_in_a_row": new_state.skipped_in_a_row}
+    for name in ("grad_norm", "update_norm"):
+        numbers |= {f"{name}/{part}": norm for part, norm in layer_norms(trees[name]).items()}
+    return new_state, {**metrics, **numbers, "skipped": bad, "skipped_in_a_row": new_state.skipped_in_a_row}
 
 
 def _gradients(
@@ -146,13 +163,6 @@ def _gradients(
     (loss, metrics), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     total, _ = jax.lax.scan(one, (loss, metrics, grads), (cut, jnp.arange(parts)))
     return jax.tree.map(lambda x: x / parts, total)
-
-
-def _moving_average(ema: PyTree, params: PyTree, step: Array, decay: Float[Array, ""]) -> PyTree:
-    """One update; early steps use (1 + step) / (10 + step), so that the average forgets the initial values soon."""
-    step = step.astype(jnp.float32)
-    decay = jnp.minimum(decay, (1 + step) / (10 + step))
-    return jax.tree.map(lambda e, p: e + (1 - decay).astype(e.dtype) * (p - e), ema, params)
 
 
 def classification(

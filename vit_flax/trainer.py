@@ -1,17 +1,25 @@
 """`train(config, workdir)`: build the parts, restore, loop, close."""
 
+import logging
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import jax
 
-from vit_flax import sharding, workdir
-from vit_flax.checkpoint import Checkpoints
-from vit_flax.config import Config
-from vit_flax.hooks import EXIT_PREEMPTED, Every, StopSignal
+from vit_flax import distributed, workdir
+from vit_flax.bad_steps import Diverged
+from vit_flax.checkpoint import CheckpointMismatch, Checkpoints, Restored, SaveFailed, load_params
+from vit_flax.checksums import differences, shapes
+from vit_flax.config import Config, plain
 from vit_flax.job import Job, build
+from vit_flax.report import write_report
+from vit_flax.signals import EXIT_PREEMPTED, Interrupted, StopSignal
 from vit_flax.step import TrainState
 from vit_flax.writer import Writer, print_results
+
+log = logging.getLogger(__name__)
 
 
 def train(config: Config, workdir_path: str | Path) -> tuple[TrainState, dict[str, float]]:
@@ -25,79 +33,184 @@ def train(config: Config, workdir_path: str | Path) -> tuple[TrainState, dict[st
 
     Raises:
       ConfigError: the config cannot be run, or the workdir holds another experiment.
-      SystemExit: with `hooks.EXIT_PREEMPTED`, after a signal to stop and a complete checkpoint.
+      CheckpointMismatch: the same, found in a checkpoint.
+      Diverged: too many steps in a row were not finite; a checkpoint has the last good parameters.
+      OSError: no checkpoint is whole; SaveFailed: one could not be written.
+      SystemExit: with `signals.EXIT_PREEMPTED`, after a signal to stop and a complete checkpoint.
     """
-    job = build(config)
-    folder = Path(workdir_path).absolute()
-    with workdir.lock(folder), StopSignal() as stop:
-        workdir.claim(folder, job.config)
-        with Checkpoints(str(folder / "checkpoints"), **job.checkpoint) as checkpoints:
-            state = restore_or_init(job, checkpoints)
-            with Writer(folder, start_step=int(state.step), total_steps=job.run.total_steps) as writer:
-                state, results = _loop(job, state, checkpoints, writer, stop)
-    if stop.received:
-        writer.say(f"Stopped by {stop.received} after step {int(state.step)}; the same command goes on from there.")
-        raise SystemExit(EXIT_PREEMPTED)
-    print_results(writer.console, results, workdir.places(folder))
-    return state, results
+    with distributed.stop_signal() as stop:
+        job = build(workdir.completed(Path(workdir_path), config))
+        return train_job(job, workdir_path, stop, given=config)
 
 
-def _loop(
-    job: Job, state: TrainState, checkpoints: Checkpoints, writer: Writer, stop: StopSignal
+def train_job(
+    job: Job, workdir_path: str | Path, stop: StopSignal, *, given: Config | None = None
 ) -> tuple[TrainState, dict[str, float]]:
-    """The training loop. Its order is a contract: fetch the batch, step, log, evaluate, save, look for signals."""
-    total, results = job.run.total_steps, dict[str, float]()
-    step_fn, batches, log = job.train_step(), job.train_batches(int(state.step)), job.train_log(writer)
+    """`train` for a job that is built, and perhaps changed, already; `given` is the config before it was completed."""
+    folder = Path(workdir_path).absolute()
+    with workdir.lock(folder) if distributed.is_main() else nullcontext():
+        if distributed.is_main():
+            workdir.claim(folder, job.config, given=plain(given or job.config), **job.for_readers())
+        with Checkpoints(str(folder / "checkpoints"), **job.checkpoint) as checkpoints:
+            start = restore_or_init(job, checkpoints)
+            with job.writer(folder, start_step=start.step) as writer:
+                loop = Loop(job, start, checkpoints, writer, stop)
+                loop.run()
+                if loop.finished:
+                    writer.finish(loop.results)
+    if not loop.finished:
+        writer.say(f"Stopped by {stop.received} after step {loop.step}; the same command goes on from there.")
+        raise SystemExit(EXIT_PREEMPTED)
+    if writer.active:
+        write_report(folder)
+    print_results(writer.console, loop.results, workdir.places(folder))
+    return loop.state, loop.results
 
-    def save(step: int, state: TrainState) -> None:
-        checkpoints.save(step, state, identity=job.identity(), metrics=results)
 
-    hooks = [*job.evaluations(writer, log, results), Every(save, every_steps=job.save_every_steps, total_steps=total)]
-    for step in range(int(state.step) + 1, total + 1):
-        waiting_since = time.perf_counter()
-        batch = next(batches)
-        waited_secs = time.perf_counter() - waiting_since
-        state, metrics = step_fn(state, batch)
-        log(step, metrics, waited_secs)
-        for hook in hooks:
-            hook(step, state)
-        if stop.received:
-            save(step, state)
-            break
-    log.flush()
-    return state, {**{f"train/{name}": value for name, value in log.last.items()}, **results}
+class Loop:
+    """The training loop, and all that it knows besides the state.
+
+    What it knows goes into the checkpoints as their `progress`, so that a resumed run writes the metrics, and keeps the
+    checkpoints, that an uninterrupted one does.
+    """
+
+    def __init__(self, job: Job, start: Restored, checkpoints: Checkpoints, writer: Writer, stop: StopSignal):
+        self._job, self._checkpoints, self._writer, self._stop = job, checkpoints, writer, stop
+        self.step, self.state = start.step, start.state
+        before = start.progress or {"interval": {}, "latest": {}, "found": {}, "evaluated": True}
+        self._latest: dict[str, float] = before["latest"]  # of all evaluations
+        self._found: dict[str, float] = before["found"]  # by the evaluations at this step
+        self._evaluated: bool = before["evaluated"]  # all evaluations of this step are done
+        self._log = job.train_log(writer, before["interval"])
+        self._bad_steps = job.bad_steps(writer)
+        self._evaluations = job.evaluations(writer, self._log, self._found, stop)
+        self._profile = job.profile(writer)
+        self._save_on_schedule = job.every("checkpoint", lambda *_: self._save())
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.step == self._job.run.total_steps and self._evaluated
+
+    @property
+    def results(self) -> dict[str, float]:
+        """The latest metrics."""
+        return {**{f"train/{name}": value for name, value in self._log.last.items()}, **self._latest}
+
+    def run(self) -> None:
+        """Trains until the last step or a signal to stop, and saves, whatever ends it."""
+        self._stop.hold()
+        try:
+            self._run()
+        except Interrupted:
+            self._save()
+        except SaveFailed:
+            raise
+        except Exception as error:
+            self._save_after(error)
+            raise
+        else:
+            self._save()
+
+    def _run(self) -> None:
+        """The order is a contract: fetch the batch, step, log, evaluate, save, look for signals."""
+        job, total = self._job, self._job.run.total_steps
+        if not self._evaluated:
+            self._evaluate()
+            self._checkpoints.amend(self.step, metrics=self._found, progress=self._progress())
+        step_fn, batches = job.train_step(), job.train_batches(self.step)
+        while not self._stop.reached(self.step) and self.step < total:
+            waiting_since = time.perf_counter()
+            batch = next(batches)
+            waited_secs = time.perf_counter() - waiting_since
+            if self.step == 0:
+                job.draw(batch, self._writer)
+            self.state, metrics = step_fn(self.state, batch)
+            self.step += 1
+            self._found.clear()
+            self._evaluated = False
+            self._bad_steps(self.step, batch, metrics)
+            self._log(self.step, {**metrics, **batches.counts}, waited_secs)
+            self._profile(self.step, self.state)
+            self._evaluate()
+            if self._checkpoints.would_be_best(self._found):
+                self._save()
+            self._save_on_schedule(self.step, self.state)
+            self._checkpoints.check()
+        self._bad_steps.flush()
+
+    def _evaluate(self) -> None:
+        """Runs the evaluations that are due; of those that a signal cut short, the rest."""
+        done = {name.partition("/")[0] for name in self._found}
+        for name, evaluation in self._evaluations.items():
+            if name not in done:
+                evaluation(self.step, self.state)
+        self._latest.update(self._found)
+        self._evaluated = True
+
+    def _save(self) -> None:
+        self._checkpoints.save(
+            self.step,
+            self.state,
+            identity=self._job.identity(),
+            about=self._job.about(),
+            metrics=self._found,
+            progress=self._progress(),
+        )
+
+    def _progress(self) -> dict[str, Any]:
+        return {
+            "interval": self._log.open_interval(),  # the steps since the last line of the log
+            "latest": dict(self._latest),  # copies: a thread writes them down while the loop goes on
+            "found": dict(self._found),
+            "evaluated": self._evaluated,
+        }
+
+    def _save_after(self, error: Exception) -> None:
+        """Saves what there is when the run cannot go on; never hides why it cannot."""
+        if jax.process_count() > 1:
+            return  # the other processes are still training, and a save needs them all
+        try:
+            self._save()
+            self._checkpoints.wait()
+        except Exception as second:
+            log.error("After this error, step %s could not be saved: %s", self.step, second)
+        else:
+            if isinstance(error, Diverged):
+                error.args = (f"{error}\nCheckpoint {self.step} has the parameters from before these steps.",)
 
 
 def evaluate(config: Config, workdir_path: str | Path) -> dict[str, float]:
-    """Evaluates the newest checkpoint of a workdir.
+    """Evaluates the newest checkpoint of a workdir, which may be training meanwhile.
 
     Raises: FileNotFoundError: there is none. Otherwise as `train`.
     """
-    job = build(config)
     folder = Path(workdir_path).absolute()
-    if not (folder / "checkpoints").is_dir():
-        raise FileNotFoundError(f"There is no checkpoint below {folder}: train first, or check --workdir.")
-    with workdir.lock(folder):
-        workdir.claim(folder, job.config)
-        with Checkpoints(str(folder / "checkpoints"), **job.checkpoint) as checkpoints:
-            state = restore_or_init(job, checkpoints, must_exist=True)
+    job = build(workdir.completed(folder, config))
+    saved = load_params(folder)
+    workdir.check(folder, job.config)
+    target = job.abstract_state()
+    if diff := differences(shapes(saved.params), shapes(target.params)):
+        rows = "\n".join(f"  {name}: checkpoint {theirs}, now {ours}" for name, (theirs, ours) in diff.items())
+        raise CheckpointMismatch(f"Checkpoint {saved.step} in {folder} has other parameters than the model:\n{rows}")
+    ema = load_params(folder, step=saved.step, ema=True).params if target.ema is not None else None
+    places = jax.tree.map(lambda x: x.sharding, (target.params, target.ema))
+    params, ema = jax.device_put((saved.params, ema), places)
+    state = jax.tree.map(lambda _: None, target).replace(step=saved.step, params=params, ema=ema)
     results: dict[str, float] = {}
-    with Writer(None, start_step=0, total_steps=job.run.total_steps) as writer:
-        for hook in job.evaluations(writer, None, results):
+    with job.writer(None, start_step=0) as writer:
+        for hook in job.evaluations(writer, None, results, StopSignal()).values():
             hook(job.run.total_steps, state)
-    print_results(writer.console, {"step": float(state.step), **results}, workdir.places(folder))
+    print_results(writer.console, {"step": float(saved.step), **results}, workdir.places(folder))
     return results
 
 
-def restore_or_init(job: Job, checkpoints: Checkpoints, must_exist: bool = False) -> TrainState:
+def restore_or_init(job: Job, checkpoints: Checkpoints) -> Restored:
     """The newest whole checkpoint of this run, or the state before the first step."""
-    abstract = jax.eval_shape(job.init)
-    shardings = sharding.state_sharding(abstract, job.mesh)
-    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-    state = checkpoints.restore(target, identity=job.identity())
-    if state is not None:
-        return state
-    if must_exist:
-        raise FileNotFoundError("There is no checkpoint in this workdir: train first, or check --workdir.")
+    target = job.abstract_state()
+    restored = checkpoints.restore(target, identity=job.identity())
+    if restored is not None:
+        return restored
     # The same shardings as a restored state, so that both run the same compiled step.
-    return jax.jit(job.init, out_shardings=shardings)()
+    places = jax.tree.map(lambda x: x.sharding, target)
+    return Restored(0, jax.jit(job.init, out_shardings=places)(job.pretrained()), {})

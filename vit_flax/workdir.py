@@ -2,31 +2,43 @@
 
 config.json     the resolved config, the versions of the packages and the state of the git checkout
 metrics.jsonl   one JSON object a line
+report.html     the run in one page, written at its end; from facts.json, evals/ and pictures/, too
 checkpoints/    one folder per step
+bad_batches/    batches whose loss or gradient was not finite (run.dump_bad_batches)
 lock            host and process that are writing
 """
 
 import fcntl
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vit_flax.config import ConfigError, flatten
+from vit_flax.checksums import differences
+from vit_flax.config import Config, ConfigError, flatten, plain
+from vit_flax.files import write_atomically
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("vit_flax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
 
 # What may differ between two lives of one run: it changes neither the parameters nor the data.
 MAY_CHANGE = (
     "run.log_every_steps",
+    "mesh.",
+    "run.dump_bad_batches",
+    "run.log_every_epochs",
+    "run.peak_tflops",
+    "run.profile_steps",
+    "sinks.",
     "checkpoint.",
     "evals.",
     "data.num_threads",
@@ -63,28 +75,65 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in flatten(config).items() if not k.startswith(MAY_CHANGE)}
 
 
-def claim(workdir: Path, config: Mapping[str, Any]) -> None:
-    """Writes config.json, or checks that the one which is there describes the same experiment.
+def completed(workdir: Path, config: Config) -> Config:
+    """The config as an earlier life of the run completed it from a checkpoint, if it was given the same one.
+
+    So a run that started from a checkpoint goes on, and is evaluated, without it.
+    """
+    path = workdir / "config.json"
+    try:
+        record = json.loads(path.read_text())
+        same = "init" in record["given"] and record["given"] == json.loads(json.dumps(plain(config)))
+        return _tuples(record["config"]) if same else config
+    except (OSError, ValueError, KeyError):
+        return config  # `claim` says what is wrong with it
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _tuples(entry) for key, entry in value.items()}
+    return tuple(_tuples(entry) for entry in value) if isinstance(value, list) else value
+
+
+def claim(workdir: Path, config: Mapping[str, Any], **facts: Any) -> None:
+    """Writes config.json, where there is none or where it describes the same experiment.
+
+    Args:
+      workdir: of the run.
+      config: complete.
+      **facts: what else to write down.
+
+    Raises: ConfigError: as `check`.
+    """
+    before = check(workdir, config)
+    record = {"config": config, **facts, "versions": versions(), "git": git_state(), "command": sys.argv}
+    if before is not None and (changed := differences(before["versions"], record["versions"])):
+        rows = ", ".join(f"{package} {theirs} -> {ours}" for package, (theirs, ours) in changed.items())
+        log.warning("This run goes on with other software (%s): from here on its numbers may differ.", rows)
+    write_atomically(workdir / "config.json", json.dumps(record, indent=2) + "\n")
+
+
+def check(workdir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What config.json holds; None if there is none. Changes nothing.
 
     Raises: ConfigError: the workdir holds another experiment; names the keys that differ.
     """
     path = workdir / "config.json"
-    if path.exists():
-        try:
-            saved = identity(json.loads(path.read_text())["config"])
-        except (ValueError, KeyError) as error:
-            raise ConfigError(f"{path} cannot be read ({error}). Restore it, or choose another --workdir.") from None
-        ours = identity(json.loads(json.dumps(config)))
-        keys = [k for k in sorted({*saved, *ours}) if saved.get(k, "absent") != ours.get(k, "absent")]
-        if keys:
-            rows = [f"  {k}: there {saved.get(k, 'absent')!r}, here {ours.get(k, 'absent')!r}" for k in keys[:20]]
-            raise ConfigError(
-                f"{workdir} holds another experiment; these keys differ:\n"
-                + "\n".join(rows)
-                + "\nChoose another --workdir, or run the config that is there. Nothing was changed."
-            )
-    record = {"config": config, "versions": versions(), "git": git_state(), "command": sys.argv}
-    write_atomically(path, json.dumps(record, indent=2) + "\n")
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text())
+        saved = identity(record["config"])
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ConfigError(f"{path} cannot be read ({error!r}). Restore it, or choose another --workdir.") from None
+    if changed := differences(saved, identity(json.loads(json.dumps(config)))):
+        rows = [f"  {key}: there {theirs!r}, here {ours!r}" for key, (theirs, ours) in changed.items()]
+        raise ConfigError(
+            f"{workdir} holds another experiment; these keys differ:\n"
+            + "\n".join(rows)
+            + "\nChoose another --workdir, or run the config that is there. Nothing was changed."
+        )
+    return record
 
 
 def places(workdir: Path) -> dict[str, Path]:
@@ -92,18 +141,9 @@ def places(workdir: Path) -> dict[str, Path]:
     return {
         "config": workdir / "config.json",
         "metrics": workdir / "metrics.jsonl",
+        "report": workdir / "report.html",
         "checkpoints": workdir / "checkpoints",
     }
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file so that a kill leaves the old one or the new one."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
 
 
 def versions() -> dict[str, str]:

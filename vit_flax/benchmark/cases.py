@@ -87,7 +87,7 @@ class Ours:
 
     def __init__(self, case: Case):
         since = time.perf_counter()
-        self._case, self._mesh = case, sharding.make_mesh(jax.devices()[:1])
+        self._case, self._mesh = case, sharding.make_mesh(devices=jax.devices()[:1])
         self.program, self._call = (_forward if case.mode == "forward" else _train)(case, self._mesh)
         self.compile_seconds = time.perf_counter() - since
 
@@ -152,7 +152,7 @@ def train_program(case: Case) -> tuple[Callable[[], TrainState], Any]:
     model = case.model()
     objective = partial(
         classification,
-        apply=lambda variables, x, hparams, **kwargs: model.apply(variables, x, **kwargs),
+        apply=lambda variables, x, hparams, **kwargs: model.apply(variables, x, **kwargs),  # pyright: ignore
         augment=lambda key, images, targets, hparams: (images.astype(jnp.float32) / 127.5 - 1.0, targets),
         loss=lambda logits, targets, mask, hparams: softmax_xent(logits, targets, mask),
         num_classes=case.num_classes,

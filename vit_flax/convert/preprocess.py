@@ -22,8 +22,10 @@ class Preprocess:
       image_size: rows and columns in pixels, as the model takes them.
       mean: per channel, of pixels in [0, 1].
       std: the same for the standard deviation.
-      crop_fraction: the shorter side is resized to `image_size / crop_fraction` and the centre is cut out; None to
-        stretch the whole picture to `image_size` instead.
+      crop_fraction: the picture is resized to `image_size / crop_fraction` and the centre is cut out; None to stretch
+        the whole picture to `image_size` instead.
+      keep_aspect: whether the resize in front of a crop keeps the picture's proportions (the shorter side decides) or
+        stretches it too.
       filter: "bilinear" or "bicubic".
       antialias: whether shrinking averages over the pixels in between (as Pillow and timm do; TensorFlow did not).
     """
@@ -32,6 +34,7 @@ class Preprocess:
     mean: tuple[float, ...] = HALF[0]
     std: tuple[float, ...] = HALF[1]
     crop_fraction: float | None = None
+    keep_aspect: bool = True
     filter: str = "bilinear"
     antialias: bool = True
 
@@ -50,7 +53,7 @@ class Preprocess:
             raise ValueError(f"The picture has {image.shape[-1]} channels, the checkpoint wants {len(self.mean)}.")
         size = self.resized(image.shape[0], image.shape[1])
         method = f"{self.filter}_antialias" if self.antialias else self.filter
-        pixels = resample.resize(image, size, method)
+        pixels = resample.resize(image.astype(np.float64), size, method)
         top, left = ((large - small) // 2 for large, small in zip(size, self.image_size, strict=True))
         pixels = pixels[top : top + self.image_size[0], left : left + self.image_size[1]]
         pixels = np.clip(np.round(pixels), 0, 255) / 255
@@ -60,8 +63,13 @@ class Preprocess:
         """Rows and columns after the resize, before the crop."""
         if self.crop_fraction is None:
             return self.image_size
-        scale = max(new / old for new, old in zip(self.image_size, (height, width), strict=True)) / self.crop_fraction
-        return max(round(height * scale), self.image_size[0]), max(round(width * scale), self.image_size[1])
+        rows, columns = (round(side / self.crop_fraction) for side in self.image_size)
+        if not self.keep_aspect:
+            return rows, columns
+        # The other side is rounded down, as torchvision, timm and transformers do.
+        if rows * width >= columns * height:
+            return rows, rows * width // height
+        return columns * height // width, columns
 
     def with_image_size(self, image_size: tuple[int, int]) -> "Preprocess":
         """The same for a model at another image size."""

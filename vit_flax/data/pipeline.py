@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -79,12 +79,13 @@ def train_batches(
     order_seed, transform_seed = (int(s) for s in np.random.SeedSequence(seed).generate_state(2))
     # Grain's epoch e shuffles with seed + e; the hash above keeps the epochs of neighbouring seeds apart.
     rows = grain.MapDataset.range(len(source)).shuffle(seed=order_seed).repeat(None)
+    # Process i gets the i-th part of every batch: joined in their order, the batch of a single process.
     shard, steps = slice(process_index, None, process_count), slice(start_step, None)
     if arrays := _decode_once(decode_once, read, len(source)):
-        batches = rows[shard].batch(local_batch_size, drop_remainder=True)[steps].map(functools.partial(_take, arrays))
+        batches = rows.batch(local_batch_size, drop_remainder=True)[shard][steps].map(functools.partial(_take, arrays))
         return _start(batches, read, local_batch_size, 1, 0)
     # Random numbers are drawn before the shards part, so that they do not depend on the number of processes.
-    batches = rows.random_map(read, seed=transform_seed)[shard].batch(local_batch_size, drop_remainder=True)[steps]
+    batches = rows.random_map(read, seed=transform_seed).batch(local_batch_size, drop_remainder=True)[shard][steps]
     return _start(batches, read, local_batch_size, num_threads, num_workers)
 
 
@@ -114,12 +115,12 @@ def eval_batches(
     import grain
 
     num_batches = math.ceil(len(source) / batch_size)
-    rows = grain.MapDataset.range(num_batches * batch_size)[process_index::process_count]
+    rows, shard = grain.MapDataset.range(num_batches * batch_size), slice(process_index, None, process_count)
     if arrays := _decode_once(decode_once, read, len(source) + 1):  # the last row is padding
-        batches = rows.batch(local_batch_size, drop_remainder=True).map(functools.partial(_take, arrays))
+        batches = rows.batch(local_batch_size, drop_remainder=True)[shard].map(functools.partial(_take, arrays))
         num_threads, num_workers = 1, 0
     else:
-        batches = rows.map(functools.partial(read, rng=None)).batch(local_batch_size, drop_remainder=True)
+        batches = rows.map(functools.partial(read, rng=None)).batch(local_batch_size, drop_remainder=True)[shard]
     start = functools.partial(_start, batches, read, local_batch_size, num_threads, num_workers)
     return EvalBatches(num_batches, start)
 
@@ -183,6 +184,40 @@ class Batches(Iterator[Batch]):
                 "on_error='skip': %d of %d records of %r are bad so far", bad, len(self._source), self._source
             )
         self.skipped.update(rows)
+
+
+class Ahead(Iterator[Any]):
+    """Training batches on their way to the devices, one ahead of the one that is worked on.
+
+    Args:
+      batches: to read from.
+      put: brings a batch to the devices.
+      put_count: the same for a number; None where nothing is counted (on_error="raise").
+
+    Attributes:
+      counts: to be logged with the metrics of the batch handed out last: "skipped_records", how many pictures of this
+        process's share stand in for one that could not be read.
+    """
+
+    def __init__(self, batches: Batches, put: Callable[[Batch], Any], put_count: Callable[[int], Any] | None):
+        self._batches, self._put, self._put_count = batches, put, put_count
+        self._next = self._fetch()
+        self.counts: dict[str, Any] = {}
+
+    def __next__(self) -> Any:
+        if isinstance(self._next, Exception):
+            raise self._next
+        (batch, self.counts), self._next = self._next, self._fetch()
+        return batch
+
+    def _fetch(self) -> tuple[Any, dict[str, Any]] | Exception:
+        before = self._batches.num_skipped
+        try:
+            batch = self._put(next(self._batches))
+        except Exception as error:  # of a batch that nobody has asked for yet, and that the last step never asks for
+            return error
+        skipped = self._batches.num_skipped - before
+        return batch, {} if self._put_count is None else {"skipped_records": self._put_count(skipped)}
 
 
 def _local_batch_size(batch_size: int, process_index: int, process_count: int) -> int:

@@ -1,14 +1,21 @@
 """Accuracy, loss and calibration of a classifier on a split, each example counted once."""
 
-import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vit_flax import metrics
+from vit_flax.evals.samples import Samples
+from vit_flax.evals.weights import Figures, one_late, raw_and_average
+from vit_flax.sharding import data_shard, local_rows
 from vit_flax.step import TrainState
 from vit_flax.typing import Array, PyTree
+
+MAX_CONFUSION = 100  # classes; a larger matrix is no picture
 
 
 class Classification:
@@ -17,7 +24,14 @@ class Classification:
     Args:
       apply: `(variables, images, train=False) -> (logits, out)`.
       normalize: uint8 images to the model's input.
-      batches: iterates over the split once, as batches on the device; padding is masked.
+      batches: iterates over the split once, as batches on the host; padding is masked.
+      put: a batch of the host to the devices.
+      rows: sharding of an array with one row per example.
+      num_classes: v.
+
+    Attributes:
+      details: of the last run: counts per class `class_count`, `class_predicted` and `class_top1` [v], the matrix
+        `confusion` [true, predicted] up to `MAX_CONFUSION` classes, and `samples`, a list of predictions.
     """
 
     def __init__(
@@ -25,25 +39,35 @@ class Classification:
         *,
         apply: Callable[..., Any],
         normalize: Callable[[Array], Array],
-        batches: Callable[[], Iterable[dict[str, Array]]],
+        batches: Callable[[], Iterable[dict[str, np.ndarray]]],
+        put: Callable[[dict[str, np.ndarray]], dict[str, Array]],
+        rows: NamedSharding,
+        num_classes: int,
     ):
-        self._batches = batches
+        self._batches, self._put, self._num_classes = batches, put, num_classes
+        self._shard = data_shard(cast(Mesh, rows.mesh))
+        self.details: dict[str, Any] = {}
 
-        @jax.jit
-        def sums(params: PyTree, batch: dict[str, Array]) -> dict[str, Array]:
+        def measure(params: PyTree, batch: dict[str, Array]) -> tuple[dict[str, Array], tuple[Array, Array]]:
             logits, _ = apply({"params": params}, normalize(batch["image"]), train=False)
-            return metrics.batch_sums(logits, batch["label"], batch["mask"])
+            small = num_classes <= MAX_CONFUSION
+            sums = metrics.batch_sums(logits, batch["label"], batch["mask"], confusion=small)
+            probabilities, classes = jax.lax.top_k(jax.nn.softmax(logits.astype(jnp.float32)), min(5, num_classes))
+            return sums, (probabilities, classes)
 
-        self._sums = sums
+        self._measure = jax.jit(measure, out_shardings=(NamedSharding(rows.mesh, PartitionSpec()), rows))
 
-    def run(self, state: TrainState) -> dict[str, float]:
+    def run(self, state: TrainState) -> Figures:
         """The metrics of the state; those of the moving average start with "ema_"."""
-        results = self._evaluate(state.params)
-        if state.ema is not None:
-            results |= {f"ema_{name}": value for name, value in self._evaluate(state.ema).items()}
-        return results
+        return raw_and_average(state, self._evaluate)
 
-    def _evaluate(self, params: PyTree) -> dict[str, float]:
-        # All batches are dispatched before the first result is fetched.
-        first, *rest = [self._sums(params, batch) for batch in self._batches()]
-        return metrics.summarise(functools.reduce(metrics.add_sums, rest, metrics.add_sums(None, first)))
+    def _evaluate(self, params: PyTree) -> Figures:
+        total, samples = None, Samples(self._num_classes, self._shard)
+        for batch, (sums, ranked) in one_late(lambda b: self._measure(params, b), self._batches(), self._put):
+            total = metrics.add_sums(total, sums)
+            samples.add(batch, *map(local_rows, ranked))
+        if total is None:
+            raise ValueError("No example was evaluated: the split is empty.")
+        found = {name: total[name].tolist() for name in total if name.startswith("class_") or name == "confusion"}
+        self.details = found | {"samples": samples.chosen()}
+        return metrics.summarise(total)

@@ -1,0 +1,95 @@
+"""The folder of a run: one writer, one experiment, whole files."""
+
+import json
+import os
+import socket
+
+import pytest
+
+from vit_flax import files, workdir
+from vit_flax.config import ConfigError
+
+CONFIG = {
+    "run": {"seed": 0, "log_every_steps": 5},
+    "model": {"width": 8, "pair": (1, 2)},
+    "checkpoint": {"keep_last": 2},
+}
+
+
+def test_lock_names_host_and_process(tmp_path):
+    owner = f"in use by process {os.getpid()} on {socket.gethostname()}"
+    with workdir.lock(tmp_path), pytest.raises(RuntimeError, match=owner), workdir.lock(tmp_path):
+        pass
+    with workdir.lock(tmp_path):  # free again
+        pass
+
+
+def test_every_key_that_differs_is_named(tmp_path):
+    workdir.claim(tmp_path, CONFIG)
+    before = (tmp_path / "config.json").read_bytes()
+    other = {
+        "run": {"seed": 1, "log_every_steps": 9},
+        "model": {"pair": (1, 3), "new": 1},
+        "checkpoint": {"keep_last": 3},
+    }
+    with pytest.raises(ConfigError) as error:
+        workdir.claim(tmp_path, other)
+    rows = [line.strip() for line in str(error.value).splitlines() if line.startswith("  ")]
+    assert rows == [
+        "model.new: there 'absent', here 1",
+        "model.pair: there [1, 2], here [1, 3]",
+        "model.width: there 8, here 'absent'",
+        "run.seed: there 0, here 1",
+    ]
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_what_changes_no_numbers_may_differ(tmp_path):
+    workdir.claim(tmp_path, CONFIG)
+    workdir.claim(tmp_path, {**CONFIG, "run": {"seed": 0, "log_every_steps": 9}, "checkpoint": {}})
+    assert json.loads((tmp_path / "config.json").read_text())["config"]["run"]["log_every_steps"] == 9
+
+
+def test_check_changes_nothing(tmp_path):
+    assert workdir.check(tmp_path, CONFIG) is None
+    assert list(tmp_path.iterdir()) == []
+    workdir.claim(tmp_path, CONFIG)
+    before = (tmp_path / "config.json").stat().st_mtime_ns
+    assert workdir.check(tmp_path, CONFIG)["config"]["model"]["width"] == 8
+    assert (tmp_path / "config.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"config": 3}', "\x00\x01"])
+def test_a_damaged_config_is_named(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.json cannot be read"):
+        workdir.claim(tmp_path, CONFIG)
+
+
+def test_other_software_is_named(tmp_path, caplog):
+    workdir.claim(tmp_path, CONFIG)
+    workdir.claim(tmp_path, CONFIG)
+    assert caplog.text == ""
+    record = json.loads((tmp_path / "config.json").read_text())
+    record["versions"]["jax"] = "0.0.1"
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    workdir.claim(tmp_path, CONFIG)
+    assert "goes on with other software (jax 0.0.1 -> " in caplog.text
+
+
+def test_a_kill_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "file.txt"
+    files.write_atomically(path, "old")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.os, "replace", killed)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            files.write_atomically(path, "new")
+        assert path.read_text() == "old"
+    monkeypatch.undo()
+    files.write_atomically(path, "new")
+    assert path.read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]

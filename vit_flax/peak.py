@@ -1,0 +1,62 @@
+"""The rate that a device could reach, for MFU (model FLOPs utilisation): known or measured, never guessed."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# FLOP/s of one JAX device for dense bfloat16 matrix products, from the vendors' data sheets, by `device_kind`.
+KNOWN = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+def find_peak(peak_tflops: float | str, dtype: str) -> tuple[float, str] | None:
+    """FLOP/s of one device, and a sentence that says where the number is from.
+
+    Args:
+      peak_tflops: "known": the table above; "measured": the fastest of some large matrix products, now; or a number.
+      dtype: of the products that are measured.
+
+    Returns: None for "known" where the device is not in the table, as a CPU never is.
+    Raises: ValueError: another word, or a number that is not positive.
+    """
+    kind = jax.local_devices()[0].device_kind
+    if peak_tflops == "known":
+        return (KNOWN[kind], f"known: {kind}, dense bfloat16") if kind in KNOWN else None
+    if peak_tflops == "measured":
+        peak, side = measure(dtype)
+        return peak, f"measured now: {dtype} product of {side} x {side} matrices on {kind}"
+    if isinstance(peak_tflops, str) or not peak_tflops > 0:
+        raise ValueError(f"run.peak_tflops={peak_tflops!r}: expected 'known', 'measured' or TFLOP/s of one device.")
+    return peak_tflops * 1e12, "from run.peak_tflops"
+
+
+def measure(dtype: str, least_secs: float = 0.05) -> tuple[float, int]:
+    """FLOP/s of the fastest of five products of square matrices, and their side: the first to take `least_secs`."""
+    product = jax.jit(jnp.matmul)
+    side = 512
+    while True:
+        a = jnp.asarray(np.random.default_rng(0).standard_normal((side, side), np.float32), dtype)
+        product(a, a).block_until_ready()
+        secs = []
+        for _ in range(5):
+            since = time.perf_counter()
+            product(a, a).block_until_ready()
+            secs.append(time.perf_counter() - since)
+        if min(secs) >= least_secs or side >= 16384:
+            return 2 * side**3 / min(secs), side
+        side *= 2

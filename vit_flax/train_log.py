@@ -1,0 +1,146 @@
+"""What the steps return, averaged over intervals and written with the speed of the run.
+
+The numbers of an interval are fetched only once the step after it has been dispatched, so the device never waits for
+the host. An interval that a checkpoint falls into is kept with it, so that a run which goes on from there writes the
+numbers of an uninterrupted one.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from vit_flax.writer import Writer
+
+# Numbers that depend on the clock or the machine: everything else is equal, bit for bit, in a resumed run.
+CLOCK = tuple(f"train/{name}" for name in ("images_per_sec", "data_wait_percent", "mfu_percent", "device_memory_gib"))
+
+
+class TrainLog:
+    """Averages what the steps return over `every_steps` steps, and adds learning rate and speed.
+
+    Args:
+      writer: receives the numbers under "train/".
+      every_steps: length of an interval.
+      batch_size: images per step, over all processes.
+      total_steps: of the run.
+      start_step: the step that the run goes on from.
+      open_interval: what `open_interval` returned at the checkpoint of that step; empty at the start.
+      learning_rates: of each step of the run; None to leave the learning rate out.
+      mfu_per_image_per_sec: part of the devices' peak that one image per second takes; None where no peak is known.
+    """
+
+    def __init__(
+        self,
+        writer: Writer,
+        *,
+        every_steps: int,
+        batch_size: int,
+        total_steps: int,
+        start_step: int = 0,
+        open_interval: Mapping[str, Any] | None = None,
+        learning_rates: np.ndarray | None = None,
+        mfu_per_image_per_sec: float | None = None,
+    ):
+        self._writer, self._every, self._batch, self._total = writer, every_steps, batch_size, total_steps
+        self._start, self._lr = start_step, learning_rates
+        self._mfu_per_rate = mfu_per_image_per_sec
+        before = open_interval or {"count": 0, "sums": {}}
+        self._sums: dict[str, float] = dict(before["sums"])
+        self._count, self._timed = before["count"], 0
+        self._fetch_later: list[dict[str, jax.Array]] = []
+        self._due: int | None = None
+        self._waited_secs = 0.0
+        self._since: float | None = None
+        self.last: dict[str, float] = {}
+
+    def __call__(self, step: int, metrics: dict[str, jax.Array], waited_secs: float) -> None:
+        """Takes the metrics of a step (on the device) and the time its batch was waited for."""
+        self.flush()
+        if self._since is None:  # the first step has been dispatched: nothing is compiled from here on
+            self._since = self._began = time.perf_counter()
+        else:
+            self._waited_secs += waited_secs
+        self._fetch_later.append(metrics)
+        self._timed += 1
+        if step % self._every == 0 or step == self._total:
+            self._due = step
+
+    def flush(self) -> None:
+        """Fetches and writes an interval that is complete."""
+        if self._due is None or self._since is None:
+            return
+        step, self._due = self._due, None
+        self._fetch()
+        now = time.perf_counter()
+        secs, self._since = max(now - self._since, 1e-9), now
+        means = {name: total / self._count for name, total in self._sums.items()}
+        self.last = means | self._at(step) | self._speed(self._timed * self._batch / secs, secs)
+        self._sums, self._count, self._timed, self._waited_secs = {}, 0, 0, 0.0
+        self._writer.write(step, {f"train/{name}": value for name, value in self.last.items()})
+        self._writer.progress(step, self._line(step, now))
+
+    def open_interval(self) -> dict[str, Any]:
+        """The steps since the last line, for the process that goes on from here; JSON values."""
+        self.flush()
+        self._fetch()
+        return {"count": self._count, "sums": dict(self._sums)}
+
+    def exclude(self, secs: float) -> None:
+        """Leaves time spent on something else, such as an evaluation, out of the throughput."""
+        if self._since is not None:
+            self._since += secs
+
+    def _fetch(self) -> None:
+        """Adds the steps that are still on the device to the sums."""
+        values: list[Mapping[str, Any]] = jax.device_get(self._fetch_later)
+        self._fetch_later = []
+        for step in values:
+            for name, value in step.items():
+                self._sums[name] = self._sums.get(name, 0.0) + float(value)
+        self._count += len(values)
+
+    def _at(self, step: int) -> dict[str, float]:
+        return {} if self._lr is None else {"lr": float(self._lr[step - 1])}
+
+    def _speed(self, images_per_sec: float, secs: float) -> dict[str, float]:
+        speed = {
+            "images_per_sec": images_per_sec,
+            "data_wait_percent": 100 * min(self._waited_secs / secs, 1.0),
+        }
+        if self._mfu_per_rate is not None:
+            speed["mfu_percent"] = 100 * images_per_sec * self._mfu_per_rate
+        return speed | device_memory()
+
+    def _line(self, step: int, now: float) -> str:
+        last = self.last
+        left = (self._total - step) * (now - self._began) / max(step - self._start, 1)
+        parts = [
+            f"loss {last['loss']:.4f}",
+            *([f"top1 {last['top1']:.3f}"] if "top1" in last else []),
+            f"{last['images_per_sec']:,.0f} img/s",
+            *([f"MFU {last['mfu_percent']:.1f}%"] if "mfu_percent" in last else []),
+            f"data wait {last['data_wait_percent']:.0f}%",
+            f"{duration(left)} left",
+        ]
+        return "  ".join(parts)
+
+
+def device_memory() -> dict[str, float]:
+    """The largest memory in use so far on this process's first device; empty where the backend does not say (CPU)."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return {"device_memory_gib": stats["peak_bytes_in_use"] / 2**30} if "peak_bytes_in_use" in stats else {}
+
+
+def duration(secs: float) -> str:
+    """Seconds as a person would say them, such as "1h 05m" or "40s"."""
+    if not math.isfinite(secs):
+        return "?"
+    minutes, seconds = divmod(round(secs), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h {minutes:02}m"
+    return f"{minutes}m {seconds:02}s" if minutes else f"{seconds}s"
