@@ -17,6 +17,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from absl import app, flags
@@ -195,36 +196,39 @@ def find_batch(case: Any) -> dict[str, Any]:
     from vit_flax.benchmark import measure
     from vit_flax.benchmark.cases import Ours, compile_forward, program_bytes, train_program
 
-    limit = measure.free_memory_bytes()
+    limit, needs = measure.free_memory_bytes(), {}
 
-    def needs(batch: int) -> int:
+    def fits(batch: int) -> bool:
         sized = dataclasses.replace(case, batch=batch)
         try:
-            need = program_bytes(lowering(sized, compile_forward, train_program)().compile())
-            if need <= limit and jax.default_backend() != "cpu":
+            needs[batch] = program_bytes(lowering(sized, compile_forward, train_program)().compile())
+            if needs[batch] <= limit and jax.default_backend() != "cpu":
                 Ours(sized).run(1)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            return limit + 1
-        return need
+            return False
+        return needs[batch] <= limit
 
-    batch, fits, low, high = case.batch, {}, 0, None
-    while high is None or high - low > max(1, low // 8):
-        need = needs(batch)
-        if need <= limit:
-            low, fits[batch] = batch, need
-        else:
-            high = batch
-        batch = low * 2 if high is None else (low + high) // 2
-        if batch == low:
-            break
+    batch = largest_that(fits, case.batch)
     return {
-        "case": dataclasses.replace(case, batch=low).name if low else f"not even one image: {case.name}",
-        "largest_batch": low,
-        "program_mib": round(fits[low] / 2**20, 1) if low else None,
+        "case": dataclasses.replace(case, batch=batch).name,
+        "largest_batch": batch,
+        "program_mib": round(needs[batch] / 2**20, 1) if batch else None,
         "limit_mib": round(limit / 2**20, 1),
     }
+
+
+def largest_that(fits: Callable[[int], bool], start: int) -> int:
+    """The largest number that fits, to within an eighth of it; 0 if none does. Doubles, then halves the interval."""
+    low, high, guess = 0, None, start
+    while high is None or high - low > max(1, low // 8):
+        if fits(guess):
+            low = guess
+        else:
+            high = guess
+        guess = 2 * low if high is None else (low + high) // 2
+    return low
 
 
 def with_underscores(argv: list[str]) -> list[str]:
