@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""The benchmark command: its figures add up, cases take turns, five libraries are enough. No test measures time."""
-=======
 """The benchmark command: figures add up, cases take turns, five libraries are enough. No test measures time."""
->>>>>>> bench
 
 import json
 import subprocess
@@ -105,12 +101,8 @@ BLOCK = """
 import sys
 class Block:
     def find_spec(self, name, path=None, target=None):
-<<<<<<< HEAD
         top = name.split(".")[0]
-        if top in {"ml_collections", "jaxtyping", "rich", "grain", "orbax", "PIL", "tensorflow_datasets"}:
-=======
-        if name.split(".")[0] in {"ml_collections", "jaxtyping", "beartype", "grain", "PIL", "sklearn"}:
->>>>>>> bench
+        if top in {"ml_collections", "jaxtyping", "beartype", "grain", "PIL", "sklearn"}:
             raise ModuleNotFoundError(name, name=name)
 sys.meta_path.insert(0, Block())
 import runpy

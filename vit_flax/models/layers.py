@@ -15,13 +15,8 @@ from vit_flax.typing import Array, Float
 def keep(x: Array) -> Array:
     """What a backward pass should save of an array; `kept` gives it back.
 
-    <<<<<<< HEAD
-    Under a scan, saved arrays are stacked. XLA's CPU backend cannot slice bfloat16: it widens the stack to float32
-    first: there the bits are stacked.
-    =======
     Under a scan, saved arrays are stacked. XLA's CPU backend cannot slice bfloat16 and widens the whole stack to
     float32 first: there the bits are stacked.
-    >>>>>>> bench
     """
     if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
         return jax.lax.bitcast_convert_type(x, jnp.uint16)
