@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from tests.helpers import metrics_lines, spread_config
+from tests.helpers import Cut, metrics_lines, spread_config
 from vit_flax import distributed, trainer
 from vit_flax.checkpoint_record import read_record, steps_in
 from vit_flax.checksums import checksums, differences
@@ -100,22 +100,16 @@ class Killed(Exception):
 
 
 def test_from_one_process_to_two_with_the_same_bits(tmp_path, monkeypatch):
-    """Steps 1 to 4 on one process with two devices, 5 to 10 on two with one; FSDP, so that each has half of the state."""
+    """Steps 1 to 4 on one process with two devices, 5 to 10 on two with one; FSDP, so that each has half the state."""
     workdir, whole = tmp_path / "run", Job.train_batches
-
-    def cut(self, start_step):
-        for number, batch in enumerate(whole(self, start_step)):
-            if number == 5:
-                raise Killed
-            yield batch
-
     config = spread_config(mesh__fsdp=2)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Job, "train_batches", cut)
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "train_batches", lambda self, start: Cut(whole(self, start), 5, Killed))
         patch.setattr(Job, "evaluations", lambda *_: {"test": lambda *_: None})
-        patch.setattr(trainer, "build", lambda config: build(config, jax.devices()[:2]))
+        patch.setattr(trainer, "build", lambda config, **more: build(config, jax.devices()[:2], **more))
         patch.setattr(trainer.Loop, "_save_after", lambda *_: None)
-        trainer.train(config, workdir)
+        with pytest.raises(Killed):
+            trainer.train(config, workdir)
     assert steps_in(workdir / "checkpoints") == [4]
     with Group(2, workdir, "--config.mesh.fsdp=2") as group:
         assert group.wait() == [0, 0], group.says(0) + group.says(1)
