@@ -233,7 +233,7 @@ def test_run_of_ours_is_a_checkpoint_like_any_other(tmp_path):
     config.init = dict(path=str(tmp_path / "first"), keep_head=True)
     config.model = dict(drop_path=0.1)
     tuned = train(config, tmp_path / "tuned")[1]["test/loss"]
-    assert tuned < fresh - 0.2
+    assert tuned < fresh - 0.1
 
 
 def test_shipped_config_on_a_folder_of_pictures(tmp_path):
@@ -248,7 +248,7 @@ def test_shipped_config_on_a_folder_of_pictures(tmp_path):
     job = build(config)
     assert job.config["model"]["num_classes"] == 2
     assert job.data.class_names == ("cat", "dog")
-    assert job.config["data"]["train_transforms"][1]["antialias"] is False
+    assert job.config["data"]["train_transforms"][0]["antialias"] is False
     state, results = train(config, tmp_path / "run")
     assert state.params["posemb"]["table"].shape == (1, 64, 32)
     assert results["test/count"] == 10

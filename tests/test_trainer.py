@@ -51,12 +51,6 @@ def test_run_writes_everything_it_promises(finished):
     assert {"test/top1", "test/ema_top1", "train/loss"} <= results.keys()
 
 
-def test_loss_falls(finished):
-    lines = [json.loads(line) for line in (finished[2] / "metrics.jsonl").read_text().splitlines()]
-    losses = [x["train/loss"] for x in lines if "train/loss" in x]
-    assert losses[-1] < losses[0]
-
-
 class Killed(BaseException):
     """As SIGKILL: nothing that handles errors sees it."""
 

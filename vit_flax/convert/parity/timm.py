@@ -132,7 +132,8 @@ def _tiny(architecture: str, image_sizes: tuple[Grid, ...] = ((16, 24), (24, 16)
 
 
 def _full(architecture: str, size: int) -> Case:
-    return Case("timm", architecture, "timm", partial(build, architecture, {}), ((size, size),), full_size=True)
+    name = f"{architecture}, full size"
+    return Case("timm", name, "timm", partial(build, architecture, {}), ((size, size),), full_size=True)
 
 
 def _written(name: str, image_sizes: tuple[Grid, ...] = ((16, 24),), **fields: Any) -> Case:
