@@ -142,6 +142,7 @@ def test_sigterm_to_one_process_stops_all_after_the_same_step(tmp_path):
     assert differences(saved(workdir, step), straight(step, 1_000_000, fsdp=2)) == {}
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_job_which_goes_on_with_the_same_bits(tmp_path):
     """And goes on in one process, which reads what two wrote."""
     workdir = tmp_path / "run"
@@ -177,6 +178,7 @@ app.run(main.main, flags_parser=main.parse_flags)
 """
 
 
+@pytest.mark.slow
 def test_an_error_in_one_process_ends_all_with_its_traceback(tmp_path):
     with Group(2, tmp_path / "run", "--config.run.total_steps=100000", code=FAILS) as group:
         codes = group.wait()
