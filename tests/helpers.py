@@ -1,6 +1,9 @@
 """The smallest config that goes through every part."""
 
+import csv
+import json
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -24,19 +27,47 @@ def tiny_config(**overrides: object) -> ConfigDict:
     return config
 
 
+class Cut:
+    """The batches of a run, and an error in place of batch number `after`."""
+
+    def __init__(self, batches: Any, after: int, error: type[BaseException]):
+        self._batches, self._left, self._error = batches, after, error
+
+    def __iter__(self) -> "Cut":
+        return self
+
+    def __next__(self) -> Any:
+        if not self._left:
+            raise self._error
+        self._left -= 1
+        return next(self._batches)
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        return self._batches.counts
+
+
 def metrics_lines(workdir: Path) -> list[str]:
     """metrics.jsonl, without the numbers that depend on the clock."""
-    import json
+    from vit_flax.train_log import CLOCK  # here: a config must not import JAX
 
-    clock = {"train/images_per_sec", "train/data_wait_percent"}
     lines = (json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines())
-    return [json.dumps({k: v for k, v in line.items() if k not in clock}) for line in lines]
+    return [json.dumps({k: v for k, v in line.items() if k not in CLOCK}) for line in lines]
+
+
+def csv_rows(workdir: Path, table: str) -> list[dict[str, str]]:
+    """The rows of a table in csv/, without the numbers that depend on the clock."""
+    from vit_flax.train_log import CLOCK
+
+    with open(workdir / "csv" / f"{table}.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if f"{table}/{k}" not in CLOCK} for row in csv.DictReader(file)]
 
 
 def shrink(config: ConfigDict) -> ConfigDict:
     """The same experiment with the smallest model and batches, and two steps; every feature that is on stays on."""
     with config.unlocked():
-        config.model.update(dict(width=8, depth=2, mlp_dim=16, num_heads=2, head_dim=4))
+        if "init" not in config:  # a checkpoint brings its own sizes
+            config.model.update(dict(width=8, depth=2, mlp_dim=16, num_heads=2, head_dim=4))
         config.data.update(dict(batch_size=8, eval_batch_size=8))
         for section in (config.run, config.optim, config.checkpoint, *config.evals.values()):
             for key in [k for k in section if k.endswith("_epochs")]:
@@ -54,6 +85,7 @@ def spread_config(**overrides: object) -> ConfigDict:
     config = tiny_config(run__ema_decay=0.9, optim__lr=1e-2, checkpoint__every_steps=4)
     config.model.update(dict(width=32, mlp_dim=64, num_heads=4, dropout=0.1, drop_path=0.2))
     config.model.update(dict(head_zero_init=False, posemb="learned", class_token=True, registers=1))
+    config.model.attention_impl = "xla"  # as on accelerators; the CPU's own form makes one axis of batch and heads
     config.augment = dict(mean=(0.5,), std=(0.5,), mixup_alpha=0.5)
     # The keys' biases have a gradient of zero but for rounding, which Adam would blow up to whole updates.
     config.optim.update(dict(eps=1e-3, warmup_steps=0))

@@ -3,6 +3,7 @@ import gzip
 import hashlib
 import io
 import re
+import socket
 import tarfile
 
 import numpy as np
@@ -115,12 +116,20 @@ def test_cifar100_has_fine_labels(tmp_path, genuine):
 
 def test_an_absent_archive_is_asked_for(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
-        make_source(name="cifar10", split="train", data_dir=tmp_path)
+        make_source(name="cifar10", split="train", data_dir=tmp_path, download=False)
     message = str(error.value)
     assert "cifar-10-binary.tar.gz (170,052,171 bytes)" in message
     assert "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz" in message
     assert str(tmp_path / "cifar10") in message
-    assert "download=True" in message
+    assert "server" not in message
+
+
+def test_a_server_that_does_not_answer_is_not_waited_for(tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:  # takes the call, and says nothing
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setitem(archives.ARCHIVES, "mnist", dataclasses.replace(archives.ARCHIVES["mnist"], url=url))
+        with pytest.raises(FileNotFoundError, match=f"train-images-idx3-ubyte.gz .*{url}.*download=True waits longer"):
+            make_source(name="mnist", split="train", data_dir=tmp_path)
 
 
 def test_a_damaged_archive_is_named(tmp_path):
@@ -141,8 +150,9 @@ def test_a_read_only_data_dir_is_parsed_each_time(tmp_path, genuine, monkeypatch
     assert_holds(make_source(name="mnist", split="test", data_dir=tmp_path), *pictures["test"])
 
 
+@pytest.mark.parametrize("download", [True, None])
 @pytest.mark.parametrize("content", ["genuine", "other"])
-def test_download(tmp_path, genuine, monkeypatch, content):
+def test_download(tmp_path, genuine, monkeypatch, content, download):
     elsewhere = tmp_path / "elsewhere"
     pictures = write_mnist(elsewhere)
     genuine("mnist", elsewhere)
@@ -151,7 +161,7 @@ def test_download(tmp_path, genuine, monkeypatch, content):
     # A file: address stands for the network.
     archive = dataclasses.replace(archives.ARCHIVES["mnist"], url=elsewhere.as_uri())
     monkeypatch.setitem(archives.ARCHIVES, "mnist", archive)
-    arguments = {"name": "mnist", "split": "test", "data_dir": tmp_path / "data", "download": True}
+    arguments = {"name": "mnist", "split": "test", "data_dir": tmp_path / "data", "download": download}
     if content == "other":
         with pytest.raises(ValueError, match="gave another file"):
             make_source(**arguments)

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 from sklearn.metrics import average_precision_score
 
 from vit_flax.metrics import add_sums, average_precision, batch_sums, multilabel_batch_sums, summarise
+from vit_flax.sharding import batch_sharding, make_mesh
 
 N, V = 37, 7
 
@@ -106,7 +106,7 @@ def test_totals_do_not_lose_small_batches():
 def test_sharded_batch_equals_one_device(scored):
     logits, labels = scored[0][:32], scored[1][:32]
     mask = np.arange(32) < 30
-    split = NamedSharding(jax.make_mesh((8,), ("data",)), PartitionSpec("data"))
+    split = batch_sharding(make_mesh())
     step = jax.jit(batch_sums)
     one, many = step(logits, labels, mask), step(*jax.device_put((logits, labels, mask), split))
     assert summarise(add_sums(None, one)) == {

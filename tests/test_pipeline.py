@@ -1,5 +1,6 @@
 import itertools
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from vit_flax.data import make_data
 from vit_flax.data.arrays import Arrays
 from vit_flax.data.decode import DecodeError
-from vit_flax.data.pipeline import eval_batches, train_batches
+from vit_flax.data.pipeline import Ahead, Order, eval_batches, train_batches
 
 
 class AsIs:
@@ -28,12 +29,12 @@ class AddNoise:
         return {**example, "image": example["image"] ^ rng.integers(0, 256, example["image"].shape, dtype=np.uint8)}
 
 
-def numbered(num_examples, num_classes=3, labels=None):
+def numbered(num_examples, num_classes=3, labels=None, split="train"):
     """Pictures that carry their own row number."""
     rows = np.arange(num_examples)
     images = np.stack([rows % 256, rows // 256], axis=-1).astype(np.uint8)[:, None, None, :]
     labels = rows % num_classes if labels is None else np.asarray(labels)
-    return Arrays(split="train", arrays={"train": (images, labels)}, class_names=[str(c) for c in range(num_classes)])
+    return Arrays(split=split, arrays={"train": (images, labels)}, class_names=[str(c) for c in range(num_classes)])
 
 
 class Rows:
@@ -221,31 +222,29 @@ def test_pictures_of_two_sizes_name_the_record():
 
 
 def property_cases(count=25):
+    """(examples of the whole set, first and last of the split, batch size, hosts, step of the restart)."""
     rng = np.random.default_rng(0)
     for _ in range(count):
         process_count = int(rng.integers(1, 5))
         batch_size = process_count * int(rng.integers(1, 9))
-        yield int(rng.integers(batch_size, 90)), batch_size, process_count, int(rng.integers(0, 12))
+        start = int(rng.integers(0, 20))
+        stop = start + int(rng.integers(batch_size, 90))
+        yield stop + int(rng.integers(0, 20)), start, stop, batch_size, process_count, int(rng.integers(0, 12))
 
 
-@pytest.mark.parametrize(("num_examples", "batch_size", "process_count", "start_step"), list(property_cases()))
-def test_any_split_over_any_batch_and_any_hosts_is_covered(num_examples, batch_size, process_count, start_step):
-    """Joined over the hosts, steps [0, n) of training hold whole epochs; an evaluation holds one."""
-    source = numbered(num_examples)
-    num_steps = start_step + 2 * num_examples // batch_size + 1
+@pytest.mark.parametrize("decode_once", [True, False])
+@pytest.mark.parametrize("case", list(property_cases()))
+def test_any_split_over_any_batch_and_any_hosts_is_covered(case, decode_once):
+    """Joined over the hosts, steps [0, n) of training hold whole epochs of the split; an evaluation holds one."""
+    total, start, stop, batch_size, process_count, start_step = case
+    source = numbered(total, split=f"train[{start}:{stop}]")
+    wanted = list(range(start, stop))
+    settings = {"transform": AsIs(), "batch_size": batch_size, "num_threads": 1, "decode_once": decode_once}
+    num_steps = start_step + 2 * len(wanted) // batch_size + 1
 
     def rows(num_hosts, first_step, steps):
         hosts = [
-            train_batches(
-                source,
-                transform=AsIs(),
-                batch_size=batch_size,
-                seed=7,
-                start_step=first_step,
-                process_index=i,
-                process_count=num_hosts,
-                num_threads=1,
-            )
+            train_batches(source, seed=7, start_step=first_step, process_index=i, process_count=num_hosts, **settings)
             for i in range(num_hosts)
         ]
         return [
@@ -256,10 +255,45 @@ def test_any_split_over_any_batch_and_any_hosts_is_covered(num_examples, batch_s
     # Begun on one host, resumed on several.
     steps = rows(1, 0, start_step) + rows(process_count, start_step, num_steps - start_step)
     assert steps == rows(1, 0, num_steps)
-    in_order = take(train_batches(source, transform=AsIs(), batch_size=batch_size, seed=7), num_steps)
+    in_order = take(train_batches(source, seed=7, **settings), num_steps)
     flat = [row for batch in in_order for row in rows_of(batch)]
-    for epoch in range(len(flat) // num_examples):
-        assert sorted(flat[epoch * num_examples : (epoch + 1) * num_examples]) == list(range(num_examples))
+    assert len(flat) >= 2 * len(wanted)
+    for epoch in range(len(flat) // len(wanted)):
+        assert sorted(flat[epoch * len(wanted) : (epoch + 1) * len(wanted)]) == wanted
+
+    evaluated = [
+        row
+        for i in range(process_count)
+        for batch in eval_batches(source, process_index=i, process_count=process_count, **settings)
+        for row in rows_of(batch)
+    ]
+    assert sorted(evaluated) == wanted
+
+
+def test_order_is_a_permutation_per_epoch_however_it_is_asked():
+    order = Order(7, seed=3)
+    rows = order(np.arange(21))
+    epochs = rows.reshape(3, 7)
+    assert (np.sort(epochs, axis=1) == np.arange(7)).all()
+    assert len({tuple(epoch) for epoch in epochs.tolist()}) == 3
+    assert [order.row(position) for position in range(21)] == rows.tolist()
+    np.testing.assert_array_equal(order(np.arange(5, 19, 2)), rows[5:19:2])
+    assert Order(7, seed=4)(np.arange(21)).tolist() != rows.tolist()
+    assert pickle.loads(pickle.dumps(order)).row(20) == rows[20]
+
+
+def test_places_are_drawn_evenly():
+    """Over many epochs each row comes to each place equally often: 2,000 epochs of 5 rows, five sigma."""
+    counts = np.zeros((5, 5))
+    for row, place in zip(Order(5, seed=0)(np.arange(10_000)).tolist(), itertools.cycle(range(5))):
+        counts[row, place] += 1
+    assert np.abs(counts - 400).max() < 5 * np.sqrt(400 * 0.8)
+
+
+def test_augmentation_numbers_differ_between_epochs():
+    batches = take(train_batches(numbered(6), transform=AddNoise(), batch_size=6, seed=0), 3)
+    pixels = [{tuple(pixel) for pixel in batch["image"].reshape(6, 2).tolist()} for batch in batches]
+    assert not pixels[0] & pixels[1] & pixels[2]
 
 
 class Fails(Rows):
@@ -378,3 +412,34 @@ def test_make_data_compares_the_classes(tmp_path):
         make_data(source={"name": "aray"}, **data)
     with pytest.raises(TypeError, match="num_worker"):
         make_data(source={"name": "arrays", "path": tmp_path / "a.npz"}, num_worker=2, **data)
+
+
+def test_ahead_pairs_batches_with_what_was_skipped_in_them():
+    source, arguments = Fails(10, {3, 4}), {"transform": AsIs(), "batch_size": 5, "seed": 0, "on_error": "skip"}
+    expected = [int((batch["skipped"] >= 0).sum()) for batch in with_skipped(train_batches(source, **arguments), 6)]
+    assert sum(expected) == 6  # two bad records in each of three epochs
+    ahead = Ahead(train_batches(source, **arguments), put=lambda batch: batch["image"], put_count=float)
+    found = []
+    for _ in range(6):
+        assert next(ahead).shape == (5, 1, 1, 2)
+        found.append(ahead.counts)
+    assert found == [{"skipped_records": count} for count in expected]
+    strict = Ahead(train_batches(Fails(10, set()), **arguments), put=len, put_count=None)
+    next(strict)
+    assert strict.counts == {}
+
+
+def with_skipped(batches, num_batches):
+    """Batches as Grain delivers them."""
+    return list(itertools.islice(batches._iterator[0], num_batches))
+
+
+def test_ahead_raises_only_when_the_bad_batch_is_asked_for():
+    arguments = {"transform": AsIs(), "batch_size": 1, "seed": 0, "decode_once": False, "num_threads": 1}
+    order = [int(batch["image"][0, 0, 0, 0]) for batch in take(train_batches(Fails(10, set()), **arguments), 10)]
+    step, bad = next((step, row) for step, row in enumerate(order) if step >= 4 and row)  # row 0 is read at the start
+    ahead = Ahead(train_batches(Fails(10, {bad}), **arguments), put=len, put_count=None)
+    assert [next(ahead) for _ in range(step)] == [3] * step
+    for _ in range(2):
+        with pytest.raises((DecodeError, FileNotFoundError), match=f"row {bad}"):
+            next(ahead)

@@ -88,6 +88,7 @@ def test_tf_examples(tmp_path):
         (example(b"a", -1), r"train-0\[0\]: label -1 is outside 0..2"),
         (tf_example_pb2.Example().SerializeToString(), r"train-0\[0\] has no feature 'image/encoded'"),
     ],
+    ids=["label too large", "label negative", "no image"],  # the records' own bytes differ from process to process
 )
 def test_bad_tf_examples(tmp_path, capsys, record, message):
     write_tfrecord(tmp_path / "train-0", [record])

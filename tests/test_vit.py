@@ -374,7 +374,6 @@ def test_remat_recomputes_what_it_says(scan):
     def products(remat):
         model = tiny(scan=scan, remat=remat)
         jaxpr = jax.make_jaxpr(loss_and_gradients(model))(random_params(model), images())
-        assert ("remat" in str(jaxpr)) == (remat != "none")
         return count(jaxpr, "dot_general")
 
     assert products("none") < products("dots") < products("full")

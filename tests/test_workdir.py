@@ -25,7 +25,7 @@ def test_lock_names_host_and_process(tmp_path):
 
 
 def test_every_key_that_differs_is_named(tmp_path):
-    workdir.claim(tmp_path, CONFIG)
+    workdir.claim(tmp_path, CONFIG, given=CONFIG)
     before = (tmp_path / "config.json").read_bytes()
     other = {
         "run": {"seed": 1, "log_every_steps": 9},
@@ -33,7 +33,7 @@ def test_every_key_that_differs_is_named(tmp_path):
         "checkpoint": {"keep_last": 3},
     }
     with pytest.raises(ConfigError) as error:
-        workdir.claim(tmp_path, other)
+        workdir.claim(tmp_path, other, given=other)
     rows = [line.strip() for line in str(error.value).splitlines() if line.startswith("  ")]
     assert rows == [
         "model.new: there 'absent', here 1",
@@ -45,15 +45,15 @@ def test_every_key_that_differs_is_named(tmp_path):
 
 
 def test_what_changes_no_numbers_may_differ(tmp_path):
-    workdir.claim(tmp_path, CONFIG)
-    workdir.claim(tmp_path, {**CONFIG, "run": {"seed": 0, "log_every_steps": 9}, "checkpoint": {}})
+    workdir.claim(tmp_path, CONFIG, given=CONFIG)
+    workdir.claim(tmp_path, {**CONFIG, "run": {"seed": 0, "log_every_steps": 9}, "checkpoint": {}}, given=CONFIG)
     assert json.loads((tmp_path / "config.json").read_text())["config"]["run"]["log_every_steps"] == 9
 
 
 def test_check_changes_nothing(tmp_path):
     assert workdir.check(tmp_path, CONFIG) is None
     assert list(tmp_path.iterdir()) == []
-    workdir.claim(tmp_path, CONFIG)
+    workdir.claim(tmp_path, CONFIG, given=CONFIG)
     before = (tmp_path / "config.json").stat().st_mtime_ns
     assert workdir.check(tmp_path, CONFIG)["config"]["model"]["width"] == 8
     assert (tmp_path / "config.json").stat().st_mtime_ns == before
@@ -63,17 +63,17 @@ def test_check_changes_nothing(tmp_path):
 def test_a_damaged_config_is_named(text, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError, match=r"config\.json cannot be read"):
-        workdir.claim(tmp_path, CONFIG)
+        workdir.claim(tmp_path, CONFIG, given=CONFIG)
 
 
 def test_other_software_is_named(tmp_path, caplog):
-    workdir.claim(tmp_path, CONFIG)
-    workdir.claim(tmp_path, CONFIG)
+    workdir.claim(tmp_path, CONFIG, given=CONFIG)
+    workdir.claim(tmp_path, CONFIG, given=CONFIG)
     assert caplog.text == ""
     record = json.loads((tmp_path / "config.json").read_text())
     record["versions"]["jax"] = "0.0.1"
     (tmp_path / "config.json").write_text(json.dumps(record))
-    workdir.claim(tmp_path, CONFIG)
+    workdir.claim(tmp_path, CONFIG, given=CONFIG)
     assert "goes on with other software (jax 0.0.1 -> " in caplog.text
 
 

@@ -7,14 +7,16 @@ annotation are `ConfigError`s that name the key, before anything expensive start
 import difflib
 import inspect
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
-from vit_flax.typing import Array
+if TYPE_CHECKING:  # expanding a sweep of a thousand points must not cost an import of JAX
+    from vit_flax.typing import Array
 
 Config = ConfigDict | Mapping[str, Any]
 
@@ -101,7 +103,7 @@ def _fits(value: Any, annotation: Any) -> bool:
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, a) for a in args)
-    if annotation is Array or "jaxtyping" in str(type(annotation)) or "jaxtyping" in str(annotation):
+    if {"jax", "jaxlib", "jaxtyping"} & set(re.findall(r"\w+", f"{annotation!r} {type(annotation)!r}")):
         return False  # the traced form of a number; a config holds plain numbers
     if annotation is type(None) or annotation is None:
         return value is None
@@ -150,7 +152,7 @@ def hparams_of(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 def bind(function: Callable[..., Any], name: str, section: Mapping[str, Any]) -> Callable[..., Any]:
     """`function` with the section as keyword arguments, where traced `hparams` take the place of the numbers."""
 
-    def bound(*args: Any, hparams: Mapping[str, Array], **kwargs: Any) -> Any:
+    def bound(*args: Any, hparams: "Mapping[str, Array]", **kwargs: Any) -> Any:
         traced = {k.removeprefix(f"{name}."): v for k, v in hparams.items() if k.startswith(f"{name}.")}
         return function(*args, **{**section, **traced, **kwargs})
 

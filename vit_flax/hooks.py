@@ -61,24 +61,27 @@ class Every:
             self._done_at = self._clock()
 
 
+def check_profile_steps(steps: Sequence[int], total_steps: int) -> None:
+    """Raises ValueError for steps that cannot be traced; the first step of a run compiles."""
+    if len(steps) != 2 or not 2 <= steps[0] <= steps[1] <= total_steps:
+        raise ValueError(
+            f"profile_steps={tuple(steps)}: expected (first, last) with 2 <= first <= last <= {total_steps}, the "
+            "number of steps. Step 1 compiles and cannot be traced."
+        )
+
+
 class Profile:
     """Records a trace of the profiler of the steps first to last, for Perfetto or for XProf in TensorBoard.
 
     Goes before the other hooks, so that what is due after the last traced step is not in the trace.
 
     Args:
-      steps: number of the first and of the last traced step. The first step of a run compiles and cannot be traced.
+      steps: number of the first and of the last traced step; see `check_profile_steps`.
       folder: receives the trace.
       say: prints a line.
-
-    Raises: ValueError: steps that cannot be traced.
     """
 
     def __init__(self, steps: Sequence[int], *, folder: Path, say: Callable[[str], None]):
-        if len(steps) != 2 or not 2 <= steps[0] <= steps[1]:
-            raise ValueError(
-                f"profile_steps={tuple(steps)}: expected (first, last) with 2 <= first <= last; step 1 compiles."
-            )
         (self._first, self._last), self._folder, self._say = steps, folder, say
         self._running = False
 

@@ -22,11 +22,12 @@ from vit_flax.augment import augment, normalize
 from vit_flax.bad_steps import BadSteps
 from vit_flax.checkpoint import Checkpoints
 from vit_flax.config import Config, ConfigError, bind, check_names, check_section, flatten, hparams_of, in_steps, plain
-from vit_flax.data import Data, make_data
+from vit_flax.data import Ahead, Data, make_data
 from vit_flax.evals import EVALS
 from vit_flax.evals.hook import EvaluationHook
 from vit_flax.files import write_atomically
-from vit_flax.hooks import Every, Hook, Profile
+from vit_flax.finetune import FromScratch, Init, Start, put_in
+from vit_flax.hooks import Every, Hook, Profile, check_profile_steps
 from vit_flax.losses import LOSSES
 from vit_flax.models import make_model
 from vit_flax.models.flops import forward_flops
@@ -74,13 +75,22 @@ class Run:
     max_skipped_steps: int = 10
     dump_bad_batches: int = 0
 
+    def __post_init__(self) -> None:
+        if self.log_every_steps < 1:
+            raise ValueError(f"{self.log_every_steps=} must be at least 1.")
+        peak.check(self.peak_tflops)
+        if self.profile_steps is not None:
+            check_profile_steps(self.profile_steps, self.total_steps)
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
     """A config turned into parts. Nothing expensive has happened yet; each method makes one part."""
 
+    given: dict[str, Any]  # the config as it was written, before a checkpoint completed it
     config: dict[str, Any]
     run: Run
+    start: Start | FromScratch
     data: Data
     model: ViT
     mesh: jax.sharding.Mesh
@@ -111,13 +121,20 @@ class Job:
         }
         return {"config": self.config, "class_names": list(self.data.class_names), "preprocessing": preprocessing}
 
-    def init(self) -> TrainState:
-        """The state before the first step (to be jitted)."""
+    def pretrained(self) -> dict[str, Any]:
+        """The parameters that a new run takes from a checkpoint, by path; prints what became of all of them."""
+        params, report = self.start.load(self.model, self.data.image_shape)
+        if report is not None and jax.process_index() == 0:
+            print(report, flush=True)
+        return params
+
+    def init(self, pretrained: Mapping[str, Any] | None = None) -> TrainState:
+        """The state before the first step (to be jitted), with what `pretrained` gave in its place."""
         h, w, c = self.data.image_shape
         image = jnp.zeros((1, h, w, c))
         return init_state(
             jax.random.key(self.run.seed),
-            init=lambda key: self.model.init(key, image, train=False)["params"],
+            init=lambda key: put_in(self.model.init(key, image, train=False)["params"], pretrained or {}),
             optimizer=self.optimizer(),
             hparams={name: jnp.asarray(value, jnp.float32) for name, value in self.hparams.items()},
         )
@@ -160,22 +177,16 @@ class Job:
         places = jax.tree.map(lambda x: x.sharding, self.abstract_state())
         return jax.jit(step, donate_argnums=0, out_shardings=(places, sharding.everywhere(self.mesh)))
 
-    def train_batches(self, start_step: int) -> Iterator[dict[str, jax.Array]]:
+    def train_batches(self, start_step: int) -> Ahead:
         """Batches on the devices from `start_step` on; one is always on its way while another is worked on."""
         index, count = sharding.data_shard(self.mesh)
         batches = self.data.train(seed=self.run.seed, start_step=start_step, process_index=index, process_count=count)
         put = partial(sharding.put_batch, mesh=self.mesh, global_batch_size=self.data.batch_size)
-        ahead = put(next(batches))
-        while True:
-            batch, ahead = ahead, put(next(batches))
-            yield batch
+        return Ahead(batches, put, jnp.float32 if self.data.reading["on_error"] == "skip" else None)
 
-    def draw_first(self, batches: Iterator[dict[str, jax.Array]], writer: Writer) -> Iterator[dict[str, jax.Array]]:
-        """The batches; a picture of the first one of a run, as the augmentation leaves it, goes to the writer."""
-        if writer.start_step:
-            yield from batches
-        first = next(batches)
-        images, labels = (sharding.local_rows(first[name])[:24] for name in ("image", "label"))
+    def draw(self, batch: dict[str, jax.Array], writer: Writer) -> None:
+        """Gives the writer a picture of a batch, as the augmentation leaves it."""
+        images, labels = (sharding.local_rows(batch[name])[:24] for name in ("image", "label"))
         targets = labels if labels.ndim == 2 else np.eye(self.data.num_classes)[labels]
         change = bind(augment, "augment", self.sections["augment"])
         seen, targets = jax.jit(lambda *arrays: change(jax.random.key(self.run.seed), *arrays, hparams={}))(
@@ -185,8 +196,6 @@ class Job:
         shown = np.clip(255 * (np.asarray(seen, np.float32) * pixels["std"] + pixels["mean"]), 0, 255).astype(np.uint8)
         captions = [pictures.caption(row, self.data.class_names) for row in np.asarray(targets)]
         writer.picture(1, "train/batch", pictures.grid(shown, captions))
-        yield first
-        yield from batches
 
     def writer(self, folder: Path | None, *, start_step: int) -> Writer:
         """The console and, where there is a folder, the files and the sinks of the config."""
@@ -201,8 +210,8 @@ class Job:
                 sinks[name] = partial(SINKS[name], **takes, **self.sections[section])
         return Writer(folder, sinks, start_step=start_step, total_steps=self.run.total_steps)
 
-    def train_log(self, writer: Writer, interval: Mapping[str, Any] | None) -> TrainLog:
-        """Averages and writes the metrics of the steps; `interval` is of the checkpoint it goes on from."""
+    def train_log(self, writer: Writer, open_interval: Mapping[str, Any]) -> TrainLog:
+        """Averages and writes the metrics of the steps; goes on with the interval that an earlier process left open."""
         found = peak.find_peak(self.run.peak_tflops, jnp.dtype(self.model.dtype).name)
         if found is not None:
             writer.say(f"MFU is a part of {found[0] / 1e12:,.1f} TFLOP/s per device ({found[1]}).")
@@ -215,7 +224,7 @@ class Job:
             batch_size=self.data.batch_size,
             total_steps=self.run.total_steps,
             start_step=writer.start_step,
-            interval=interval,
+            open_interval=open_interval,
             learning_rates=self.learning_rates(),
             mfu_per_image_per_sec=found and facts["train_flops_per_image"] / (found[0] * facts["num_devices"]),
         )
@@ -303,25 +312,33 @@ SECTIONS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "evals": (EVALS, ("apply", "normalize", "batches", "put", "rows", "num_classes")),
     "mesh": (sharding.make_mesh, ("devices",)),
     "sinks": (SINKS, ("workdir", "start_step", "config")),
+    "init": (Init, ()),
 }
+OPTIONAL = ("sinks", "init")
 # Of these, a section that happens every so often has exactly one (`every_epochs` becomes `every_steps`).
 SCHEDULES = ("every_steps", "every_secs")
 # Sections that a config may leave out. `metrics.jsonl` and `pictures/` are written without a sink.
+OPTIONAL = ("init", "mesh", "sinks")
 DEFAULT_MESH: dict[str, Any] = {}
 DEFAULT_SINKS: dict[str, dict[str, Any]] = {"csv": {}, "tensorboard": {}}
 
 
-def build(config: Config, devices: Sequence[Any] | None = None) -> Job:
+def build(config: Config, devices: Sequence[Any] | None = None, *, completed: Config | None = None) -> Job:
     """Checks a config and turns it into parts; reads headers of the data and one picture, compiles nothing.
 
     Args:
       config: a ConfigDict or nested dicts, with the sections `SECTIONS`.
       devices: to run on; all there are where it is None.
+      completed: what an earlier life of the run made of this config with a checkpoint (see `workdir.completed`).
 
     Raises: ConfigError: names the key, what was found and what to do.
     """
-    config = {"mesh": DEFAULT_MESH} | plain(config)
-    check_names("", config, SECTIONS, required=[name for name in SECTIONS if name != "sinks"])
+    written = plain(config)
+    config = {"mesh": DEFAULT_MESH} | plain(completed or config)
+    check_names("", config, SECTIONS, required=[name for name in SECTIONS if name not in OPTIONAL])
+    with _named("init"):
+        start = _make_start(config)
+        config = start.complete_data(config)
     check_section("data", config["data"], make_data)
     with _named("data"):
         data = make_data(**config["data"])
@@ -330,6 +347,8 @@ def build(config: Config, devices: Sequence[Any] | None = None) -> Job:
             f"data.batch_size={data.batch_size} is larger than the {data.num_train} examples of "
             f"{config['data']['train_split']!r}: choose a smaller batch or a larger split."
         )
+    with _named("init"):
+        config = start.complete_model(config, data.num_classes, data.image_shape)
     steps_per_epoch = data.num_train / data.batch_size
     given = {name: section for name, section in config.items() if name not in ("evals", "sinks")}
     given |= {f"evals.{name}": section for name, section in config["evals"].items()}
@@ -339,26 +358,39 @@ def build(config: Config, devices: Sequence[Any] | None = None) -> Job:
     sections = {name: in_steps(name, section, steps_per_epoch) for name, section in given.items()}
     for name, section in sections.items():
         _check(name, section)
-    run = Run(**sections["run"])
+    with _named("run"):
+        run = Run(**sections["run"])
     with _named("mesh"):
         mesh = sharding.make_mesh(**sections["mesh"], devices=devices)
     with _named("data"):
         sharding.check_batch_size("data.batch_size", data.batch_size, mesh, run.accumulate_steps)
         sharding.check_batch_size("data.eval_batch_size", data.eval_batch_size, mesh)
     job = Job(
+        given=written,
         config=config,
         run=run,
+        start=start,
         data=data,
         model=_make_model(sections, data),
         mesh=mesh,
         sections=sections,
         hparams=hparams_of(sections),
     )
+    for name in ("checkpoint", *(f"evals.{name}" for name in config["evals"])):
+        with _named(name):
+            job.every(name, lambda step, state: None)
     with _named("the config"):
         abstract = jax.eval_shape(job.init)
     with _named("mesh"):
         sharding.param_shardings(abstract.params, mesh)
     return job
+
+
+def _make_start(config: Mapping[str, Any]) -> Start | FromScratch:
+    if "init" not in config:
+        return FromScratch()
+    check_section("init", config["init"], Init)
+    return Start(config["init"])
 
 
 def _check(name: str, section: Mapping[str, Any]) -> None:

@@ -148,8 +148,7 @@ def eval_params(opt_state: PyTree, params: PyTree) -> PyTree:
 
     Source: Defazio et al. 2024 (arXiv:2405.15682): y = (1 - b1) z + b1 x, solved for x.
     """
-    states = jax.tree.leaves(opt_state, is_leaf=lambda s: isinstance(s, contrib.ScheduleFreeState))
-    state = next((s for s in states if isinstance(s, contrib.ScheduleFreeState)), None)
+    state = _schedule_free(opt_state)
     if state is None:
         return params
 
@@ -157,6 +156,16 @@ def eval_params(opt_state: PyTree, params: PyTree) -> PyTree:
         return y if isinstance(z, optax.MaskedNode) else ((y - (1.0 - state.b1) * z) / state.b1).astype(y.dtype)
 
     return jax.tree.map(average, params, state.z)
+
+
+def keeps_average(opt_state: PyTree) -> bool:
+    """Whether `eval_params` needs this state of an optimiser; shapes will do."""
+    return _schedule_free(opt_state) is not None
+
+
+def _schedule_free(opt_state: PyTree) -> contrib.ScheduleFreeState | None:
+    states = jax.tree.leaves(opt_state, is_leaf=lambda s: isinstance(s, contrib.ScheduleFreeState))
+    return next((s for s in states if isinstance(s, contrib.ScheduleFreeState)), None)
 
 
 def ema_update(ema: PyTree, params: PyTree, step: ArrayLike, decay: ArrayLike, warmup: bool = True) -> PyTree:

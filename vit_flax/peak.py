@@ -24,7 +24,7 @@ KNOWN = {
 }
 
 
-def find_peak(peak_tflops: float | str, dtype: str) -> tuple[float, str] | None:
+def find_peak(peak_tflops: float | int | str, dtype: str) -> tuple[float, str] | None:
     """FLOP/s of one device, and a sentence that says where the number is from.
 
     Args:
@@ -32,17 +32,21 @@ def find_peak(peak_tflops: float | str, dtype: str) -> tuple[float, str] | None:
       dtype: of the products that are measured.
 
     Returns: None for "known" where the device is not in the table, as a CPU never is.
-    Raises: ValueError: another word, or a number that is not positive.
     """
+    check(peak_tflops)
     kind = jax.local_devices()[0].device_kind
     if peak_tflops == "known":
         return (KNOWN[kind], f"known: {kind}, dense bfloat16") if kind in KNOWN else None
     if peak_tflops == "measured":
         peak, side = measure(dtype)
         return peak, f"measured now: {dtype} product of {side} x {side} matrices on {kind}"
-    if isinstance(peak_tflops, str) or not peak_tflops > 0:
-        raise ValueError(f"run.peak_tflops={peak_tflops!r}: expected 'known', 'measured' or TFLOP/s of one device.")
-    return peak_tflops * 1e12, "from run.peak_tflops"
+    return float(peak_tflops) * 1e12, "from run.peak_tflops"
+
+
+def check(peak_tflops: float | int | str) -> None:
+    """Raises ValueError for a word that means nothing here, or a number that is not positive."""
+    if peak_tflops not in ("known", "measured") and (isinstance(peak_tflops, str) or not peak_tflops > 0):
+        raise ValueError(f"peak_tflops={peak_tflops!r}: expected 'known', 'measured' or TFLOP/s of one device.")
 
 
 def measure(dtype: str, least_secs: float = 0.05) -> tuple[float, int]:

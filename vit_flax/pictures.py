@@ -1,6 +1,5 @@
 """Pictures for people: a grid of images with captions, and a confusion matrix."""
 
-import io
 import math
 from collections.abc import Sequence
 
@@ -34,11 +33,11 @@ def grid(images: np.ndarray, captions: Sequence[str], *, columns: int = 8, tile_
 
 
 def caption(target: np.ndarray, class_names: Sequence[str]) -> str:
-    """The classes of a target [v], the heaviest three, with their parts where it is mixed: "3" or "3 .70 + 8 .30"."""
+    """The classes of a target [v], the heaviest three, with their parts where it is mixed: "3" or "3 70% + 8 30%"."""
     heaviest: list[int] = [i for i in np.argsort(-target, kind="stable")[:3].tolist() if target[i] > 0]
     if all(target[i] == 1 for i in heaviest):
         return ", ".join(class_names[i] for i in heaviest)
-    return " + ".join(f"{class_names[i]} {target[i]:.2f}".replace(" 0.", " .") for i in heaviest)
+    return " + ".join(f"{class_names[i]} {target[i]:.0%}" for i in heaviest)
 
 
 def to_image(image: np.ndarray, side_px: int) -> Image.Image:
@@ -53,13 +52,6 @@ def to_image(image: np.ndarray, side_px: int) -> Image.Image:
     scale = side_px / max(h, w)
     size = (max(1, round(w * scale)), max(1, round(h * scale)))
     return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
-
-
-def png(image: Image.Image) -> bytes:
-    """The picture as a file."""
-    file = io.BytesIO()
-    image.save(file, "PNG", optimize=True)
-    return file.getvalue()
 
 
 def confusion(matrix: np.ndarray, class_names: Sequence[str]) -> np.ndarray:

@@ -95,7 +95,8 @@ class Plan:
 
 def plan(variant: str, chip: Chip, num_chips: int, assumed: Assumptions) -> Plan | None:
     """The plan that costs least among those that fit: no recomputation, then the fewest parts of the batch and the
-    smallest `fsdp`; None where none fits."""
+    smallest `fsdp`; None where none fits.
+    """
     sizes = [2**i for i in range(int(math.log2(min(num_chips, chip.near_devices))) + 1)]
     rows = assumed.batch_size // num_chips
     parts = [2**i for i in range(int(math.log2(max(rows, 1))) + 1)]

@@ -133,8 +133,8 @@ def train_step(
         skipped_steps=state.skipped_steps + bad,
         skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
     )
-    for name, tree in {"grad_norm": grads, "update_norm": updates}.items():
-        metrics |= {f"{name}/{part}": norm for part, norm in layer_norms(tree).items()}
+    for name in ("grad_norm", "update_norm"):
+        numbers |= {f"{name}/{part}": norm for part, norm in layer_norms(trees[name]).items()}
     return new_state, {**metrics, **numbers, "skipped": bad, "skipped_in_a_row": new_state.skipped_in_a_row}
 
 

@@ -1,8 +1,8 @@
 """What the steps return, averaged over intervals and written with the speed of the run.
 
 The numbers of an interval are fetched only once the step after it has been dispatched, so the device never waits for
-the host. An interval that a checkpoint falls into goes into the checkpoint, so that a run which goes on from there
-writes the numbers of an uninterrupted one.
+the host. An interval that a checkpoint falls into is kept with it, so that a run which goes on from there writes the
+numbers of an uninterrupted one.
 """
 
 import math
@@ -16,7 +16,7 @@ import numpy as np
 from vit_flax.writer import Writer
 
 # Numbers that depend on the clock or the machine: everything else is equal, bit for bit, in a resumed run.
-CLOCK = ("images_per_sec", "data_wait_percent", "mfu_percent", "device_memory_gib")
+CLOCK = tuple(f"train/{name}" for name in ("images_per_sec", "data_wait_percent", "mfu_percent", "device_memory_gib"))
 
 
 class TrainLog:
@@ -28,7 +28,7 @@ class TrainLog:
       batch_size: images per step, over all processes.
       total_steps: of the run.
       start_step: the step that the run goes on from.
-      interval: what `open_interval` gave before the checkpoint of that step; None for a new run.
+      open_interval: what `open_interval` returned at the checkpoint of that step; empty at the start.
       learning_rates: of each step of the run; None to leave the learning rate out.
       mfu_per_image_per_sec: part of the devices' peak that one image per second takes; None where no peak is known.
     """
@@ -41,15 +41,16 @@ class TrainLog:
         batch_size: int,
         total_steps: int,
         start_step: int = 0,
-        interval: Mapping[str, Any] | None = None,
+        open_interval: Mapping[str, Any] | None = None,
         learning_rates: np.ndarray | None = None,
         mfu_per_image_per_sec: float | None = None,
     ):
         self._writer, self._every, self._batch, self._total = writer, every_steps, batch_size, total_steps
-        self._start, self._lr, self._mfu_per_rate = start_step, learning_rates, mfu_per_image_per_sec
-        self._sums: dict[str, float] = dict(interval["sums"]) if interval else {}
-        self._count: int = interval["count"] if interval else 0
-        self._timed = 0
+        self._start, self._lr = start_step, learning_rates
+        self._mfu_per_rate = mfu_per_image_per_sec
+        before = open_interval or {"count": 0, "sums": {}}
+        self._sums: dict[str, float] = dict(before["sums"])
+        self._count, self._timed = before["count"], 0
         self._fetch_later: list[dict[str, jax.Array]] = []
         self._due: int | None = None
         self._waited_secs = 0.0
@@ -83,7 +84,7 @@ class TrainLog:
         self._writer.progress(step, self._line(step, now))
 
     def open_interval(self) -> dict[str, Any]:
-        """The steps since the last line, for the run that goes on from a checkpoint; JSON values."""
+        """The steps since the last line, for the process that goes on from here; JSON values."""
         self.flush()
         self._fetch()
         return {"count": self._count, "sums": dict(self._sums)}

@@ -10,10 +10,12 @@ import jax
 
 from vit_flax import distributed, workdir
 from vit_flax.bad_steps import Diverged
-from vit_flax.checkpoint import CheckpointMismatch, Checkpoints, Restored, SaveFailed, load_params
+from vit_flax.checkpoint import CheckpointMismatch, Checkpoints, Restored, SaveFailed, load_params, read_newest
 from vit_flax.checksums import differences, shapes
 from vit_flax.config import Config
 from vit_flax.job import Job, build
+from vit_flax.optim import keeps_average
+from vit_flax.report import write_report
 from vit_flax.signals import EXIT_PREEMPTED, Interrupted, StopSignal
 from vit_flax.step import TrainState
 from vit_flax.writer import Writer, print_results
@@ -38,19 +40,28 @@ def train(config: Config, workdir_path: str | Path) -> tuple[TrainState, dict[st
       SystemExit: with `signals.EXIT_PREEMPTED`, after a signal to stop and a complete checkpoint.
     """
     with distributed.stop_signal() as stop:
-        job = build(config)
-        folder = Path(workdir_path).absolute()
-        with workdir.lock(folder) if distributed.is_main() else nullcontext():
-            if distributed.is_main():
-                workdir.claim(folder, job.config)
-            with Checkpoints(str(folder / "checkpoints"), **job.checkpoint) as checkpoints:
-                start = restore_or_init(job, checkpoints)
-                with job.writer(folder, start_step=start.step) as writer:
-                    loop = Loop(job, start, checkpoints, writer, stop)
-                    loop.run()
+        job = build(config, completed=workdir.completed(Path(workdir_path), config))
+        return train_job(job, workdir_path, stop)
+
+
+def train_job(job: Job, workdir_path: str | Path, stop: StopSignal) -> tuple[TrainState, dict[str, float]]:
+    """`train` for a job that is built, and perhaps changed, already."""
+    folder = Path(workdir_path).absolute()
+    with workdir.lock(folder) if distributed.is_main() else nullcontext():
+        if distributed.is_main():
+            workdir.claim(folder, job.config, given=job.given)
+        with Checkpoints(str(folder / "checkpoints"), **job.checkpoint) as checkpoints:
+            start = restore_or_init(job, checkpoints)
+            with job.writer(folder, start_step=start.step) as writer:
+                loop = Loop(job, start, checkpoints, writer, stop)
+                loop.run()
+                if loop.finished:
+                    writer.finish(loop.results)
     if not loop.finished:
         writer.say(f"Stopped by {stop.received} after step {loop.step}; the same command goes on from there.")
         raise SystemExit(EXIT_PREEMPTED)
+    if writer.active:
+        write_report(folder)
     print_results(writer.console, loop.results, workdir.places(folder))
     return loop.state, loop.results
 
@@ -65,14 +76,15 @@ class Loop:
     def __init__(self, job: Job, start: Restored, checkpoints: Checkpoints, writer: Writer, stop: StopSignal):
         self._job, self._checkpoints, self._writer, self._stop = job, checkpoints, writer, stop
         self.step, self.state = start.step, start.state
-        before = start.progress or {"interval": None, "latest": {}, "found": {}, "evaluated": True}
+        before = start.progress or {"interval": {}, "latest": {}, "found": {}, "evaluated": True}
         self._latest: dict[str, float] = before["latest"]  # of all evaluations
         self._found: dict[str, float] = before["found"]  # by the evaluations at this step
         self._evaluated: bool = before["evaluated"]  # all evaluations of this step are done
         self._log = job.train_log(writer, before["interval"])
         self._bad_steps = job.bad_steps(writer)
         self._evaluations = job.evaluations(writer, self._log, self._found, stop)
-        self._save_when_due = job.every("checkpoint", lambda step, state: self._save())
+        self._profile = job.profile(writer)
+        self._save_on_schedule = job.every("checkpoint", lambda *_: self._save())
 
     @property
     def finished(self) -> bool:
@@ -105,23 +117,24 @@ class Loop:
         if not self._evaluated:
             self._evaluate()
             self._checkpoints.amend(self.step, metrics=self._found, progress=self._progress())
-        step_fn, profile = job.train_step(), job.profile(self._writer)
-        batches = job.draw_first(job.train_batches(self.step), self._writer)
+        step_fn, batches = job.train_step(), job.train_batches(self.step)
         while not self._stop.reached(self.step) and self.step < total:
             waiting_since = time.perf_counter()
             batch = next(batches)
             waited_secs = time.perf_counter() - waiting_since
+            if self.step == 0:
+                job.draw(batch, self._writer)
             self.state, metrics = step_fn(self.state, batch)
             self.step += 1
             self._found.clear()
             self._evaluated = False
             self._bad_steps(self.step, batch, metrics)
-            self._log(self.step, metrics, waited_secs)
-            profile(self.step, self.state)
+            self._log(self.step, {**metrics, **batches.counts}, waited_secs)
+            self._profile(self.step, self.state)
             self._evaluate()
             if self._checkpoints.would_be_best(self._found):
                 self._save()
-            self._save_when_due(self.step, self.state)
+            self._save_on_schedule(self.step, self.state)
             self._checkpoints.check()
         self._bad_steps.flush()
 
@@ -145,8 +158,12 @@ class Loop:
         )
 
     def _progress(self) -> dict[str, Any]:
-        interval = self._log.open_interval()  # what the checkpoint takes for written is written first
-        return {"interval": interval, "latest": self._latest, "found": self._found, "evaluated": self._evaluated}
+        return {
+            "interval": self._log.open_interval(),  # the steps since the last line of the log
+            "latest": dict(self._latest),  # copies: a thread writes them down while the loop goes on
+            "found": dict(self._found),
+            "evaluated": self._evaluated,
+        }
 
     def _save_after(self, error: Exception) -> None:
         """Saves what there is when the run cannot go on; never hides why it cannot."""
@@ -167,25 +184,33 @@ def evaluate(config: Config, workdir_path: str | Path) -> dict[str, float]:
 
     Raises: FileNotFoundError: there is none. Otherwise as `train`.
     """
-    job = build(config)
     folder = Path(workdir_path).absolute()
-    saved = load_params(folder)
-    workdir.check(folder, job.config)
-    abstract = jax.eval_shape(job.init)
-    if diff := differences(shapes(saved.params), shapes(abstract.params)):
-        rows = "\n".join(f"  {name}: checkpoint {theirs}, now {ours}" for name, (theirs, ours) in diff.items())
-        raise CheckpointMismatch(f"Checkpoint {saved.step} in {folder} has other parameters than the model:\n{rows}")
-    ema = load_params(folder, step=saved.step, ema=True).params if abstract.ema is not None else None
-    nothing = jax.tree.map(lambda _: None, abstract)
-    places = jax.tree.map(lambda x: x.sharding, job.abstract_state())
-    params, ema = jax.device_put((saved.params, ema), (places.params, places.ema))
-    state = nothing.replace(step=saved.step, params=params, ema=ema)
+    job = build(config, completed=workdir.completed(folder, config))
+    step, state = _state_to_evaluate(job, folder)
     results: dict[str, float] = {}
     with job.writer(None, start_step=0) as writer:
         for hook in job.evaluations(writer, None, results, StopSignal()).values():
             hook(job.run.total_steps, state)
-    print_results(writer.console, {"step": float(saved.step), **results}, workdir.places(folder))
+    print_results(writer.console, {"step": float(step), **results}, workdir.places(folder))
     return results
+
+
+def _state_to_evaluate(job: Job, folder: Path) -> tuple[int, TrainState]:
+    """What evaluations read of the newest checkpoint: the parameters, and the optimiser where it keeps the average."""
+    saved = load_params(folder)
+    workdir.check(folder, job.config)
+    target = job.abstract_state()
+    if keeps_average(target.opt_state):
+        whole = read_newest(folder / "checkpoints", target, identity=job.identity())
+        assert whole is not None  # `load_params` has found one
+        return whole.step, whole.state
+    if diff := differences(shapes(saved.params), shapes(target.params)):
+        rows = "\n".join(f"  {name}: checkpoint {theirs}, now {ours}" for name, (theirs, ours) in diff.items())
+        raise CheckpointMismatch(f"Checkpoint {saved.step} in {folder} has other parameters than the model:\n{rows}")
+    ema = load_params(folder, step=saved.step, ema=True).params if target.ema is not None else None
+    places = jax.tree.map(lambda x: x.sharding, (target.params, target.ema))
+    params, ema = jax.device_put((saved.params, ema), places)
+    return saved.step, jax.tree.map(lambda _: None, target).replace(step=saved.step, params=params, ema=ema)
 
 
 def restore_or_init(job: Job, checkpoints: Checkpoints) -> Restored:
@@ -195,4 +220,5 @@ def restore_or_init(job: Job, checkpoints: Checkpoints) -> Restored:
     if restored is not None:
         return restored
     # The same shardings as a restored state, so that both run the same compiled step.
-    return Restored(0, jax.jit(job.init, out_shardings=jax.tree.map(lambda x: x.sharding, target))(), {})
+    init = jax.jit(job.init, out_shardings=jax.tree.map(lambda x: x.sharding, target))
+    return Restored(0, init(job.pretrained()), {})

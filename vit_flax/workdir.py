@@ -2,6 +2,7 @@
 
 config.json     the resolved config, the versions of the packages and the state of the git checkout
 metrics.jsonl   one JSON object a line
+report.html     the run in one page, written at its end; from facts.json, evals/ and pictures/, too
 checkpoints/    one folder per step
 bad_batches/    batches whose loss or gradient was not finite (run.dump_bad_batches)
 lock            host and process that are writing
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_flax.checksums import differences
-from vit_flax.config import ConfigError, flatten
+from vit_flax.config import Config, ConfigError, flatten, plain
 from vit_flax.files import write_atomically
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,10 @@ MAY_CHANGE = (
     "data.num_threads",
     "data.num_workers",
     "data.prefetch_batches",
+    "data.decode_once",
     "data.source.data_dir",
+    "data.source.download",
+    "data.source.root",  # the pictures may move: the identity has a digest of their paths below it and of the labels
 )
 
 
@@ -74,13 +78,37 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in flatten(config).items() if not k.startswith(MAY_CHANGE)}
 
 
-def claim(workdir: Path, config: Mapping[str, Any]) -> None:
+def completed(workdir: Path, config: Config) -> Config | None:
+    """What an earlier life of the run made of the same config with a checkpoint; None if there was no such life.
+
+    So a run that started from a checkpoint goes on, and is evaluated, without it.
+    """
+    try:
+        record = json.loads((workdir / "config.json").read_text())
+        same = "init" in record["given"] and record["given"] == json.loads(json.dumps(plain(config)))
+        return _tuples(record["config"]) if same else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # `check` says what is wrong with it
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _tuples(entry) for key, entry in value.items()}
+    return tuple(_tuples(entry) for entry in value) if isinstance(value, list) else value
+
+
+def claim(workdir: Path, config: Mapping[str, Any], *, given: Mapping[str, Any]) -> None:
     """Writes config.json, where there is none or where it describes the same experiment.
+
+    Args:
+      workdir: of the run.
+      config: as it is run.
+      given: as the user wrote it, before a checkpoint completed it.
 
     Raises: ConfigError: as `check`.
     """
     before = check(workdir, config)
-    record = {"config": config, "versions": versions(), "git": git_state(), "command": sys.argv}
+    record = {"config": config, "given": given, "versions": versions(), "git": git_state(), "command": sys.argv}
     if before is not None and (changed := differences(before["versions"], record["versions"])):
         rows = ", ".join(f"{package} {theirs} -> {ours}" for package, (theirs, ours) in changed.items())
         log.warning("This run goes on with other software (%s): from here on its numbers may differ.", rows)
@@ -115,6 +143,7 @@ def places(workdir: Path) -> dict[str, Path]:
     return {
         "config": workdir / "config.json",
         "metrics": workdir / "metrics.jsonl",
+        "report": workdir / "report.html",
         "checkpoints": workdir / "checkpoints",
     }
 

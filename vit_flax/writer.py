@@ -103,8 +103,9 @@ class Writer:
 
 def print_results(console: Console, results: Mapping[str, float], places: Mapping[str, Path]) -> None:
     """The table at the end of a run: numbers, and where everything is (paths whole, however narrow the console)."""
-    numbers = {k: f"{v:,.4g}" if abs(v) >= 1000 or 0 < abs(v) < 1e-3 else f"{v:.4f}" for k, v in results.items()}
-    rows = numbers | {name: str(path) for name, path in places.items()}
+    shown = {k: v for k, v in results.items() if k.count("/") < 2}  # without the norms of each layer
+    numbers = {k: f"{v:,.4g}" if abs(v) >= 1000 or 0 < abs(v) < 1e-3 else f"{v:.4f}" for k, v in shown.items()}
+    rows = numbers | {name: str(path) for name, path in places.items() if path.exists()}
     width = max(map(len, rows))
     for name, text in rows.items():
         console.print(f"{name:<{width}}  {text}", highlight=False, markup=False, soft_wrap=True)

@@ -22,8 +22,10 @@ class Preprocess:
       image_size: rows and columns in pixels, as the model takes them.
       mean: per channel, of pixels in [0, 1].
       std: the same for the standard deviation.
-      crop_fraction: the shorter side is resized to `image_size / crop_fraction` and the centre is cut out; None to
-        stretch the whole picture to `image_size` instead.
+      crop_fraction: the picture is resized to `image_size / crop_fraction` and the centre is cut out; None to stretch
+        the whole picture to `image_size` instead.
+      keep_aspect: whether the resize in front of a crop keeps the picture's proportions (the shorter side decides) or
+        stretches it too.
       filter: "bilinear" or "bicubic".
       antialias: whether shrinking averages over the pixels in between (as Pillow and timm do; TensorFlow did not).
     """
@@ -32,6 +34,7 @@ class Preprocess:
     mean: tuple[float, ...] = HALF[0]
     std: tuple[float, ...] = HALF[1]
     crop_fraction: float | None = None
+    keep_aspect: bool = True
     filter: str = "bilinear"
     antialias: bool = True
 
@@ -60,8 +63,13 @@ class Preprocess:
         """Rows and columns after the resize, before the crop."""
         if self.crop_fraction is None:
             return self.image_size
-        scale = max(new / old for new, old in zip(self.image_size, (height, width), strict=True)) / self.crop_fraction
-        return max(round(height * scale), self.image_size[0]), max(round(width * scale), self.image_size[1])
+        rows, columns = (round(side / self.crop_fraction) for side in self.image_size)
+        if not self.keep_aspect:
+            return rows, columns
+        # The other side is rounded down, as torchvision, timm and transformers do.
+        if rows * width >= columns * height:
+            return rows, rows * width // height
+        return columns * height // width, columns
 
     def with_image_size(self, image_size: tuple[int, int]) -> "Preprocess":
         """The same for a model at another image size."""

@@ -16,7 +16,7 @@ from vit_flax.convert.preprocess import Preprocess
 from vit_flax.convert.report import Report, unexplained
 from vit_flax.convert.resample import Grid
 from vit_flax.convert.source import Source, open_source
-from vit_flax.convert.table import Family, Spec
+from vit_flax.convert.table import Family, Row, Spec
 from vit_flax.models import ViT
 
 
@@ -47,6 +47,7 @@ def load_pretrained(
     num_classes: int | None = None,
     image_size: int | tuple[int, int] | None = None,
     ignore: Sequence[str] = (),
+    new_head: bool = False,
     patch_size: int | tuple[int, int] | None = None,
     channels: int | None = None,
     posemb_resize: str | None = None,
@@ -62,7 +63,9 @@ def load_pretrained(
       num_classes: gives the model a new head of this size (zeros, as the published fine-tuning recipes) unless the
         stored one has it; a tanh layer in front of the old head goes with it. 0 removes the head; None keeps it.
       image_size: resamples the position table for this size in pixels, one number or (rows, columns).
-      ignore: regular expressions of tensors to leave out and of parameters to initialise afresh.
+      ignore: regular expressions of tensors to leave out and of parameters to initialise afresh; naming either side of
+        a pair is enough.
+      new_head: replaces the head even if the stored one has `num_classes` outputs.
       patch_size: resizes the patch embedding.
       channels: adapts the patch embedding to another number of image channels.
       posemb_resize: a key of `resample.METHODS` instead of the family's own.
@@ -73,23 +76,86 @@ def load_pretrained(
       ValueError: damaged or unknown file, ambiguous or wrong family, shapes that disagree with the configuration,
         NaN, tensors or parameters left over. The message names the file, the key and the remedy.
     """
-    source = open_source(path)
-    kind, source = find_family(source, family)
-    spec = kind.describe(source)
-    model = ViT(**{**spec.fields, **(fields or {})})
-    stored_size = _image_size(spec, model)
-    shapes = engine.parameter_shapes(model, stored_size, spec.channels)
-    params, used = engine.read(source, kind.rows(model), shapes)
+    return load_opened(
+        open_checkpoint(path, family=family, fields=fields),
+        num_classes=num_classes,
+        image_size=image_size,
+        ignore=ignore,
+        new_head=new_head,
+        patch_size=patch_size,
+        channels=channels,
+        posemb_resize=posemb_resize,
+    )
+
+
+def load_opened(
+    opened: "Opened",
+    *,
+    num_classes: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    ignore: Sequence[str] = (),
+    new_head: bool = False,
+    patch_size: int | tuple[int, int] | None = None,
+    channels: int | None = None,
+    posemb_resize: str | None = None,
+) -> Pretrained:
+    """Loads a checkpoint that is open already; arguments and errors as of `load_pretrained`."""
+    source, spec, model, shapes = opened.source, opened.spec, opened.model, opened.shapes
+    excused = _Excused(ignore, opened.rows, source)
+    kept = {name: tensor for name, tensor in source.tensors.items() if not excused.tensor(name)}
+    rows = [row for row in opened.rows if not excused.parameter(row.ours)]
+    params, used = engine.read(replace(source, tensors=kept), rows, shapes)
     for name, value in spec.constants.items():
         params[name] = np.full(shapes[name].shape, value, shapes[name].dtype)
-    report = _account(source, kind, spec, params, used, shapes, kind.rows(model), ignore)
+    report = _account(opened, params, used, excused)
     return _adapt(
         Pretrained(model, params, spec.preprocess, spec.class_names, report),
         spec,
         shapes,
-        _Wanted(num_classes, _pair(image_size), patch_size, channels, posemb_resize),
-        stored_size,
+        _Wanted(num_classes, new_head, _pair(image_size), patch_size, channels, posemb_resize),
+        opened.image_size,
     )
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint of which only names, shapes and configuration have been read.
+
+    Attributes:
+      family: that it belongs to.
+      source: with its names spelled as in the family's table.
+      spec: what the family makes of it.
+      model: that computes what the reference implementation computes.
+      rows: the family's table for that model.
+      image_size: rows and columns in pixels of the stored position table, or near what the pictures are prepared to.
+      shapes: of the model's parameters, at that size.
+    """
+
+    family: Family
+    source: Source
+    spec: Spec
+    model: ViT
+    rows: list[Row]
+    image_size: Grid
+    shapes: engine.Shapes
+
+
+def open_checkpoint(path: str | Path, *, family: str | None = None, fields: Mapping[str, Any] | None = None) -> Opened:
+    """Opens a checkpoint and finds out what it is; arguments and errors as of `load_pretrained`."""
+    kind, source = find_family(open_source(path), family)
+    try:
+        spec = kind.describe(source)
+        model = ViT(**{**spec.fields, **(fields or {})})
+        image_size = _image_size(spec, model)
+        shapes = engine.parameter_shapes(model, image_size, spec.channels)
+        return Opened(kind, source, spec, model, kind.rows(model), image_size, shapes)
+    except ValueError as error:
+        raise error if source.path in str(error) else ValueError(f"{source.path}: {error}") from error
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"{source.path}: the configuration beside the weights describes no {kind.name} model "
+            f"({type(error).__name__}: {error}). Fetch it again, or name another family."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -97,6 +163,7 @@ class _Wanted:
     """What the caller wants to differ from the file."""
 
     num_classes: int | None
+    new_head: bool
     image_size: Grid | None
     patch_size: int | Grid | None
     channels: int | None
@@ -119,21 +186,38 @@ def _image_size(spec: Spec, model: ViT) -> Grid:
     return tuple(max(side // p, 1) * p for side, p in zip(wanted, patch, strict=True))  # type: ignore[return-value]
 
 
-def _account(
-    source: Source,
-    kind: Family,
-    spec: Spec,
-    params: Flat,
-    used: set[str],
-    shapes: engine.Shapes,
-    rows: list[Any],
-    ignore: Sequence[str],
-) -> Report:
+class _Excused:
+    """Which tensors and parameters `ignore` leaves out: those it names, and the other side of each pair."""
+
+    def __init__(self, patterns: Sequence[str], rows: Sequence[Row], source: Source):
+        self._patterns = patterns
+        self._keys = {name: tensor.key for name, tensor in source.tensors.items()}
+        self._theirs: dict[str, list[str]] = {}
+        self._ours: dict[str, list[str]] = {}
+        for row in rows if patterns else ():
+            count = source.depth(row.theirs) if "{i}" in row.theirs else 1
+            for name in (row.theirs.replace("{i}", str(i)) for i in range(count)):
+                if name in self._keys:
+                    self._theirs.setdefault(row.ours, []).append(name)
+                    self._ours.setdefault(name, []).append(row.ours)
+
+    def _named(self, name: str) -> bool:
+        return any(re.search(pattern, name) for pattern in self._patterns)
+
+    def tensor(self, name: str) -> bool:
+        """Whether a tensor is left out, by its name in the table."""
+        ours = self._ours.get(name, [])
+        return self._named(self._keys[name]) or (bool(ours) and all(map(self._named, ours)))
+
+    def parameter(self, path: str) -> bool:
+        """Whether a parameter is initialised afresh."""
+        theirs = [self._keys[name] for name in self._theirs.get(path, [])]
+        return self._named(path) or (bool(theirs) and all(map(self._named, theirs)))
+
+
+def _account(opened: Opened, params: Flat, used: set[str], excused: _Excused) -> Report:
     """Explains every tensor and every parameter, or raises."""
-
-    def excused(name: str) -> bool:
-        return any(re.search(pattern, name) for pattern in ignore)
-
+    source, spec = opened.source, opened.spec
     unused: dict[str, tuple[str, tuple[int, ...]]] = {}
     strange: dict[str, tuple[int, ...]] = {}
     for name, tensor in source.tensors.items():
@@ -141,19 +225,21 @@ def _account(
             continue
         if any(re.search(pattern, name) for pattern in spec.unused):
             unused[tensor.key] = ("no part of this model", tensor.shape)
-        elif excused(tensor.key):
+        elif excused.tensor(name):
             unused[tensor.key] = ("excused by ignore", tensor.shape)
         else:
             strange[tensor.key] = tensor.shape
-    looked_for = {row.ours: row.theirs for row in reversed(rows)}
-    absent = {p: (looked_for.get(p, "nothing in this family"), s.shape) for p, s in shapes.items() if p not in params}
-    missing = {p: s for p, (_, s) in absent.items() if excused(p)}
+    looked_for = {row.ours: row.theirs for row in reversed(opened.rows)}
+    absent = {
+        p: (looked_for.get(p, "nothing in this family"), s.shape) for p, s in opened.shapes.items() if p not in params
+    }
+    missing = {p: s for p, (_, s) in absent.items() if excused.parameter(p)}
     absent = {p: v for p, v in absent.items() if p not in missing}
     if strange or absent:
         raise unexplained(source.path, strange, absent)
     return Report(
         path=source.path,
-        family=kind.name,
+        family=opened.family.name,
         posemb_resize=spec.posemb_resize,
         loaded={p: w.shape for p, w in params.items() if p not in spec.constants},
         unused=unused,
@@ -195,6 +281,8 @@ def _adapt(stored: Pretrained, spec: Spec, shapes: engine.Shapes, wanted: _Wante
     if "posemb/table" in params and spec.grid:
         change("posemb/table", resample.resample_posemb(params["posemb/table"], spec.grid, new_grid, method), method)
 
+    if wanted.new_head:
+        params = {p: w for p, w in params.items() if p.split("/")[0] not in ("head", "head_dist")}
     if new_model is not model:
         shapes = engine.parameter_shapes(new_model, image_size, channels)
         params = {p: w for p, w in params.items() if p in shapes and w.shape == shapes[p].shape}

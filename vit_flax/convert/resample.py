@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vit_flax.typing import Float
+from vit_flax.typing import Float, Shaped
 
 Grid = tuple[int, int]
 
@@ -97,10 +97,20 @@ def adapt_channels(kernel: Float[np.ndarray, "h w old d"], channels: int) -> Flo
     return kernel[:, :, np.arange(channels) % old] * kernel.dtype.type(old / channels)
 
 
-def resize(grid: Float[np.ndarray, "h w d"], size: Grid, method: str) -> Float[np.ndarray, "new_h new_w d"]:
+def resize(grid: Shaped[np.ndarray, "h w d"], size: Grid, method: str) -> Float[np.ndarray, "new_h new_w d"]:
     """Resizes a grid of vectors, or an image, in float64."""
     rows, columns = (axis_weights(old, new, method) for old, new in zip(grid.shape[:2], size, strict=True))
-    return np.einsum("ai,bj,ijd->abd", rows, columns, grid.astype(np.float64), optimize=True)
+    return np.swapaxes(_along_rows(columns, np.swapaxes(_along_rows(rows, grid), 0, 1)), 0, 1)
+
+
+def _along_rows(weights: np.ndarray, grid: np.ndarray) -> np.ndarray:
+    """The matrix times the first axis. A row of it has few taps, which for a photograph is a twentieth of the work."""
+    out = np.empty((len(weights), *grid.shape[1:]))
+    for new, row in enumerate(weights):
+        taps = np.flatnonzero(row)
+        first, last = taps[0], taps[-1] + 1
+        out[new] = np.tensordot(row[first:last], grid[first:last].astype(np.float64), axes=1)
+    return out
 
 
 def axis_weights(old: int, new: int, method: str) -> Float[np.ndarray, "new old"]:

@@ -106,10 +106,11 @@ def _express(kind: Family, out: Outgoing) -> tuple[dict[str, np.ndarray], dict[s
     """Tensors, files and the reasons why they would not be this model."""
     if kind.config is None:
         return {}, {}, ["this family is only read"]
-    out = _place_positions(out, kind.token_positions)
+    out = _place_positions(out, kind.wants_token_positions(out.model))
     try:
         files = kind.config(out)
         tensors, left = engine.write(out.params, kind.rows(out.model))
+        tensors |= kind.extra(out)
         stored = {n: Tensor(n, w.shape, w.dtype, lambda w=w: w) for n, w in tensors.items()}
         source = Source(kind.name, kind.spell(stored), files.get(CONFIG, {}), files.get(PREPROCESSOR, {}))
         if not kind.matches(source):
@@ -135,6 +136,8 @@ def architecture(model: ViT) -> dict[str, Any]:
     values["class_token_position"] = (
         model.class_token_position and model.posemb == "learned" and (model.has_class_token or model.dist_token)
     )
+    # The norm of every token, and then one of them, is the norm of that one.
+    values["norm_after_pool"] = model.norm_after_pool and model.pool not in ("tok", "tok_dist")
     values["head_dim"] = model.head_dim or model.width // model.num_heads
     values["layer_scale"] = model.layer_scale is not None  # the initial value does not outlive training
     if isinstance(model.patch_size, int):
@@ -143,7 +146,7 @@ def architecture(model: ViT) -> dict[str, Any]:
 
 
 def _moves_positions(kind: Family, model: ViT) -> bool:
-    return kind.token_positions not in (None, architecture(model)["class_token_position"])
+    return kind.wants_token_positions(model) not in (None, architecture(model)["class_token_position"])
 
 
 def _place_positions(out: Outgoing, wanted: bool | None) -> Outgoing:
@@ -160,6 +163,16 @@ def _place_positions(out: Outgoing, wanted: bool | None) -> Outgoing:
     return out.replace(model=model.clone(class_token_position=wanted), params=params)
 
 
+def _safetensors_writer() -> Any:
+    try:
+        from safetensors.numpy import save_file
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "Writing this format needs the package safetensors: pip install safetensors."
+        ) from error
+    return save_file
+
+
 def _write(directory: Path, kind: Family, tensors: Mapping[str, np.ndarray], files: Mapping[str, Any]) -> Path:
     """Into a temporary neighbour first, so that a full disk leaves nothing half-written under the final name."""
     target = directory / "model.npz" if kind.suffix == ".npz" and directory.suffix != ".npz" else directory
@@ -172,8 +185,7 @@ def _write(directory: Path, kind: Family, tensors: Mapping[str, np.ndarray], fil
                 np.savez(file, **tensors)  # type: ignore[arg-type]
         else:
             made.mkdir()
-            from safetensors.numpy import save_file
-
+            save_file = _safetensors_writer()
             save_file(dict(tensors), made / WEIGHTS, metadata={"format": "pt"})
             for name, content in files.items():
                 (made / name).write_text(json.dumps(content, indent=2) + "\n")

@@ -22,6 +22,7 @@ from vit_flax.convert.remote import fetch
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 PREPROCESSOR = "preprocessor_config.json"
+PROCESSOR = "processor_config.json"
 
 DTYPES = {  # the names of the safetensors format
     "F64": np.float64,
@@ -62,7 +63,8 @@ class Source:
       path: for messages.
       tensors: by name.
       config: the contents of config.json; empty if there is none.
-      preprocessor: the contents of preprocessor_config.json; empty if there is none.
+      preprocessor: the contents of preprocessor_config.json, or of the image processor in processor_config.json; empty
+        if there is none.
       keep_alive: whatever must live as long as the tensors can be read (a temporary folder).
     """
 
@@ -92,7 +94,8 @@ def open_source(path: str | Path) -> Source:
 
     Args:
       path: an .npz file, a .safetensors file, an index of shards (.safetensors.index.json), or a folder that holds one
-        of them with its config.json. An address with a scheme (hf://owner/name, gs://bucket/folder) is fetched first.
+        of them with its config.json, or the workdir of a run of ours (see `workdir`). An address with a scheme
+        (hf://owner/name, gs://bucket/folder) is fetched first.
 
     Raises:
       FileNotFoundError: nothing is there.
@@ -101,6 +104,10 @@ def open_source(path: str | Path) -> Source:
     if "://" in str(path):
         folder = fetch(str(path))
         return _open_local(Path(folder.path), name=str(path), keep_alive=folder)
+    from vit_flax.convert.workdir import is_workdir, open_workdir
+
+    if is_workdir(str(path)):
+        return open_workdir(str(path))
     return _open_local(Path(path), name=str(path), keep_alive=None)
 
 
@@ -124,8 +131,19 @@ def _open_local(path: Path, *, name: str, keep_alive: Any) -> Source:
         return Source(name, read_npz(file), keep_alive=keep_alive)
     else:
         raise ValueError(f"{name}: expected an .npz or .safetensors file, or a folder with one; found {file.name!r}.")
-    config, preprocessor = (_read_json(file.parent / part) for part in (CONFIG, PREPROCESSOR))
+    config, preprocessor, processor = (_read_json(file.parent / part) for part in (CONFIG, PREPROCESSOR, PROCESSOR))
+    # transformers 5 keeps the image processor of a pair of towers beside its tokenizer, and looks there first.
+    if "image_processor" in processor:
+        preprocessor = processor["image_processor"]
     return Source(name, tensors, config, preprocessor, keep_alive)
+
+
+def weight_files(path: str | Path) -> list[Path]:
+    """The files that hold the bytes of a local checkpoint: one, or the shards of an index."""
+    file = _find_weights(Path(path), str(path)) if Path(path).is_dir() else Path(path)
+    if not file.name.endswith(".index.json"):
+        return [file]
+    return sorted({file.parent / name for name in _read_index(file).values()})
 
 
 def _find_weights(folder: Path, name: str) -> Path:
@@ -151,8 +169,15 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def _read_index(index: Path) -> dict[str, str]:
+    files = _read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        raise ValueError(f"{index}: expected a table 'weight_map' from tensors to files. Fetch the file again.")
+    return files
+
+
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    files: dict[str, str] = _read_json(index)["weight_map"]
+    files = _read_index(index)
     shards = {}
     for file in sorted(set(files.values())):
         if not (index.parent / file).exists():
@@ -180,20 +205,28 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             header = json.loads(file.read(start - 8))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{damaged} (its header is not JSON). Fetch it again.") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"{damaged} (its header is no JSON object). Fetch it again.")
     data = np.memmap(path, np.uint8, mode="r")
     tensors = {}
     for key, entry in header.items():
         if key == "__metadata__":
             continue
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{path}: {key!r} has the type {entry['dtype']}; known are {', '.join(DTYPES)}.")
-        dtype, shape = np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"])
-        first, last = (start + offset for offset in entry["data_offsets"])
-        if last > size:
-            raise ValueError(f"{damaged} ({key!r} should end at byte {last:,} of {size:,}). Fetch it again.")
+        try:
+            dtype, shape = np.dtype(DTYPES[entry["dtype"]]), tuple(int(side) for side in entry["shape"])
+            first, last = (start + int(offset) for offset in entry["data_offsets"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}: {key!r} is described as {entry!r}; expected a dtype out of {', '.join(DTYPES)}, a shape and "
+                "two data_offsets. Fetch the file again, or save it with one of these types."
+            ) from error
+        if not start <= first <= last <= size:
+            raise ValueError(
+                f"{damaged} ({key!r} should be in bytes {first:,} to {last:,} of {size:,}). Fetch it again."
+            )
         if last - first != math.prod(shape) * dtype.itemsize:
             raise ValueError(
-                f"{path}: {key!r} has {last - first:,} bytes, not those of {dtype} {shape}. The file lies."
+                f"{path}: {key!r} has {last - first:,} bytes, not those of {dtype} {shape}. Fetch the file again."
             )
         tensors[key] = Tensor(key, shape, dtype, _view(data, first, last, dtype, shape))
     return tensors
@@ -211,27 +244,30 @@ def read_npz(path: Path) -> dict[str, Tensor]:
     tensors = {}
     try:
         archive = zipfile.ZipFile(path)
-        for info in archive.infolist():
-            key = info.filename.removesuffix(".npy")
-            with archive.open(info) as file:
-                shape, dtype = _npy_header(file)
-            if dtype.hasobject:
-                raise ValueError(
-                    f"{path}: {key!r} is a pickled Python object, which could run code when opened. Save the "
-                    "parameters as plain arrays, one per name: numpy.savez(path, **{name: array})."
-                )
-            # NumPy has no bfloat16 of its own and stores it as two raw bytes.
-            stored = np.dtype(ml_dtypes.bfloat16) if dtype == np.dtype("V2") else dtype
-            tensors[key] = Tensor(key, shape, stored, _member(archive, info, stored))
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"{path}: truncated, or not an .npz file ({error}). Fetch it again.") from error
+        headers = {
+            info.filename.removesuffix(".npy"): (info, *_npy_header(archive, info)) for info in archive.infolist()
+        }
+    except PermissionError:
+        raise
+    except Exception as error:  # the readers of damaged archives and headers raise what they stumble over
+        raise ValueError(f"{path}: truncated, damaged, or not an .npz file ({error}). Fetch it again.") from error
+    for key, (info, shape, dtype) in headers.items():
+        if dtype.hasobject:
+            raise ValueError(
+                f"{path}: {key!r} is a pickled Python object, which could run code when opened. Save the parameters as "
+                "plain arrays, one per name: numpy.savez(path, **{name: array})."
+            )
+        # NumPy has no bfloat16 of its own and stores it as two raw bytes.
+        stored = np.dtype(ml_dtypes.bfloat16) if dtype == np.dtype("V2") else dtype
+        tensors[key] = Tensor(key, shape, stored, _member(archive, info, stored))
     return tensors
 
 
-def _npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype]:
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(file)
+def _npy_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[tuple[int, ...], np.dtype]:
+    with archive.open(info) as file:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
     return shape, dtype
 
 

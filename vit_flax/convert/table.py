@@ -95,8 +95,10 @@ class Family:
       describe: reads the specification off a file that matches.
       rows: the table, for a model.
       spell: brings the spellings that occur to the one of the table.
+      extra: tensors that the format demands and our models lack, such as a mask token, by name.
       config: the contents of the files to write beside the weights, by name; None if the family is only read.
-      token_positions: whether the class token has a slot in the family's position table; None if both occur.
+      token_positions: whether the class token has a slot in the family's position table; None if both occur; a
+        function of the model where that decides.
       suffix: of the file that is written.
     """
 
@@ -106,9 +108,14 @@ class Family:
     describe: Callable[[Source], Spec]
     rows: Callable[[ViT], list[Row]]
     spell: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict
+    extra: Callable[[Outgoing], dict[str, np.ndarray]] = lambda _: {}
     config: Callable[[Outgoing], dict[str, dict[str, Any]]] | None = None
-    token_positions: bool | None = None
+    token_positions: bool | Callable[[ViT], bool | None] | None = None
     suffix: str = ".safetensors"
+
+    def wants_token_positions(self, model: ViT) -> bool | None:
+        """`token_positions`, for a model."""
+        return self.token_positions(model) if callable(self.token_positions) else self.token_positions
 
 
 SAME = Op(lambda w: w, lambda ws: ws[0])

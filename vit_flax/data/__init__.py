@@ -5,13 +5,14 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vit_flax.data.pipeline import Batches, DecodeOnce, EvalBatches, eval_batches, train_batches
+from vit_flax.data.pipeline import Ahead, Batches, DecodeOnce, EvalBatches, eval_batches, train_batches
 from vit_flax.data.read import OnError, Reader, Transform
 from vit_flax.data.sources import SOURCES, Source, make_source
 from vit_flax.data.transforms import make_transform
 
 __all__ = [
     "SOURCES",
+    "Ahead",
     "Batches",
     "Data",
     "EvalBatches",

@@ -4,6 +4,7 @@ TFDS prepares none of them without TensorFlow. An archive is looked for in the d
 parsed once, and kept as .npy files that later runs read in milliseconds.
 """
 
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -11,6 +12,7 @@ import json
 import os
 import tarfile
 import tempfile
+import threading
 import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,34 +26,36 @@ from vit_flax.data.datadir import data_dir_or_default, write_once
 Splits = dict[str, tuple[np.ndarray, np.ndarray]]  # {split: (images uint8 [n, h, w, c], labels int64 [n])}
 
 
-def mnist(*, split: str, data_dir: str | os.PathLike[str] | None = None, download: bool = False) -> Arrays:
+def mnist(*, split: str, data_dir: str | os.PathLike[str] | None = None, download: bool | None = None) -> Arrays:
     """MNIST (LeCun et al. 1998): 28x28 grey, 10 classes, "train" 60,000 and "test" 10,000; see `open_archive`."""
     return open_archive("mnist", split=split, data_dir=data_dir, download=download)
 
 
-def fashion_mnist(*, split: str, data_dir: str | os.PathLike[str] | None = None, download: bool = False) -> Arrays:
+def fashion_mnist(
+    *, split: str, data_dir: str | os.PathLike[str] | None = None, download: bool | None = None
+) -> Arrays:
     """Fashion-MNIST (arXiv:1708.07747): as MNIST, with pieces of clothing; see `open_archive`."""
     return open_archive("fashion_mnist", split=split, data_dir=data_dir, download=download)
 
 
-def cifar10(*, split: str, data_dir: str | os.PathLike[str] | None = None, download: bool = False) -> Arrays:
+def cifar10(*, split: str, data_dir: str | os.PathLike[str] | None = None, download: bool | None = None) -> Arrays:
     """CIFAR-10 (Krizhevsky 2009): 32x32 RGB, 10 classes, "train" 50,000 and "test" 10,000; see `open_archive`."""
     return open_archive("cifar10", split=split, data_dir=data_dir, download=download)
 
 
-def cifar100(*, split: str, data_dir: str | os.PathLike[str] | None = None, download: bool = False) -> Arrays:
+def cifar100(*, split: str, data_dir: str | os.PathLike[str] | None = None, download: bool | None = None) -> Arrays:
     """CIFAR-100 (Krizhevsky 2009): as CIFAR-10, with its 100 fine classes; see `open_archive`."""
     return open_archive("cifar100", split=split, data_dir=data_dir, download=download)
 
 
-def open_archive(name: str, *, split: str, data_dir: str | os.PathLike[str] | None, download: bool) -> Arrays:
+def open_archive(name: str, *, split: str, data_dir: str | os.PathLike[str] | None, download: bool | None) -> Arrays:
     """Opens one of `ARCHIVES`.
 
     Args:
       name: a key of `ARCHIVES`.
       split: "train", "test", or TFDS syntax over them ("train[:98%]").
       data_dir: where the archive lies and the parsed form goes; see `data_dir_or_default`.
-      download: whether an archive that is not there may be fetched.
+      download: whether an archive that is not there is fetched; None: if its server answers within a second.
 
     Raises:
       FileNotFoundError: the archive is not there (the message says what goes where), or cannot be downloaded.
@@ -131,7 +135,7 @@ def parse_cifar(
     return splits, tuple(members[names].decode().split())
 
 
-def _find(name: str, file: str, folder: Path, download: bool) -> Path:
+def _find(name: str, file: str, folder: Path, download: bool | None) -> Path:
     size, sha256 = ARCHIVES[name].files[file]
     own = folder / name / file
     wrong = None
@@ -142,12 +146,26 @@ def _find(name: str, file: str, folder: Path, download: bool) -> Path:
             wrong = path  # MNIST and Fashion-MNIST have the same file names
     if wrong == own:
         raise ValueError(f"{own} is damaged or another file: expected {size:,} bytes with SHA-256 {sha256}; remove it")
-    if download:
-        return _download(f"{ARCHIVES[name].url}/{file}", own, size, sha256)
-    raise FileNotFoundError(
-        f"{name} needs the file {file} ({size:,} bytes) from {ARCHIVES[name].url}/{file}; put it into {own.parent}, "
-        "or let it be downloaded with download=True in the source's config"
-    )
+    url = f"{ARCHIVES[name].url}/{file}"
+    if download or (download is None and _answers(url)):
+        return _download(url, own, size, sha256)
+    why = "" if download is False else "; that server did not answer within a second, download=True waits longer"
+    raise FileNotFoundError(f"{name} needs the file {file} ({size:,} bytes) from {url}; put it into {own.parent}{why}")
+
+
+def _answers(url: str) -> bool:
+    """Whether a server answers within a second; without a network, looking its name up may take a minute to fail."""
+    answers: list[bool] = []
+
+    def ask() -> None:
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=1).close()
+            answers.append(True)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(1)
+    return bool(answers)
 
 
 def _download(url: str, path: Path, size: int, sha256: str) -> Path:

@@ -9,8 +9,9 @@ import concurrent.futures
 import dataclasses
 import functools
 import math
+import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -77,15 +78,17 @@ def train_batches(
     import grain
 
     order_seed, transform_seed = (int(s) for s in np.random.SeedSequence(seed).generate_state(2))
-    # Grain's epoch e shuffles with seed + e; the hash above keeps the epochs of neighbouring seeds apart.
-    rows = grain.MapDataset.range(len(source)).shuffle(seed=order_seed).repeat(None)
+    order = Order(len(source), order_seed)
     # Process i gets the i-th part of every batch: joined in their order, the batch of a single process.
-    shard, steps = slice(process_index, None, process_count), slice(start_step, None)
+    shard = slice(process_index, None, process_count)
     if arrays := _decode_once(decode_once, read, len(source)):
-        batches = rows.batch(local_batch_size, drop_remainder=True)[shard][steps].map(functools.partial(_take, arrays))
-        return _start(batches, read, local_batch_size, 1, 0)
+        parts = grain.MapDataset.range(sys.maxsize)[shard][start_step:]
+        batches = parts.map(lambda part: _take(arrays, order(_positions(part, local_batch_size))))
+        return _start(batches, read, local_batch_size, 0, 0)
+    rows = grain.MapDataset.range(sys.maxsize).map(order.row)
     # Random numbers are drawn before the shards part, so that they do not depend on the number of processes.
-    batches = rows.random_map(read, seed=transform_seed).batch(local_batch_size, drop_remainder=True)[shard][steps]
+    examples = rows.random_map(read, seed=transform_seed)
+    batches = examples.batch(local_batch_size, drop_remainder=True)[shard][start_step:]
     return _start(batches, read, local_batch_size, num_threads, num_workers)
 
 
@@ -115,12 +118,14 @@ def eval_batches(
     import grain
 
     num_batches = math.ceil(len(source) / batch_size)
-    rows, shard = grain.MapDataset.range(num_batches * batch_size), slice(process_index, None, process_count)
+    shard = slice(process_index, None, process_count)
     if arrays := _decode_once(decode_once, read, len(source) + 1):  # the last row is padding
-        batches = rows.batch(local_batch_size, drop_remainder=True)[shard].map(functools.partial(_take, arrays))
-        num_threads, num_workers = 1, 0
+        parts = grain.MapDataset.range(num_batches * process_count)[shard]
+        batches = parts.map(lambda part: _take(arrays, _positions(part, local_batch_size)))
+        num_threads, num_workers = 0, 0
     else:
-        batches = rows.map(functools.partial(read, rng=None)).batch(local_batch_size, drop_remainder=True)[shard]
+        rows = grain.MapDataset.range(num_batches * batch_size).map(functools.partial(read, rng=None))
+        batches = rows.batch(local_batch_size, drop_remainder=True)[shard]
     start = functools.partial(_start, batches, read, local_batch_size, num_threads, num_workers)
     return EvalBatches(num_batches, start)
 
@@ -186,12 +191,82 @@ class Batches(Iterator[Batch]):
         self.skipped.update(rows)
 
 
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """The rows of an endless stream of epochs: each is a random permutation of its own, a function of seed and epoch.
+
+    Whole permutations, because they take a fraction of the time of drawing row by row: 20 ms per million rows.
+    """
+
+    num_rows: int
+    seed: int
+
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        """The rows at some positions of the stream."""
+        epochs, places = np.divmod(positions, self.num_rows)
+        rows = np.empty_like(places)
+        for epoch in range(epochs[0], epochs[-1] + 1):
+            here = epochs == epoch
+            rows[here] = _permutation(self.num_rows, self.seed, epoch)[places[here]]
+        return rows
+
+    def row(self, position: int) -> int:
+        """The row at one position."""
+        epoch, place = divmod(position, self.num_rows)
+        return int(_permutation(self.num_rows, self.seed, epoch)[place])
+
+
+@functools.lru_cache(maxsize=2)  # threads that read ahead may be in the next epoch already
+def _permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    rows = np.random.default_rng((seed, epoch)).permutation(num_rows)
+    return rows.astype(np.min_scalar_type(num_rows))
+
+
+class Ahead(Iterator[Any]):
+    """Training batches on their way to the devices, one ahead of the one that is worked on.
+
+    Args:
+      batches: to read from.
+      put: brings a batch to the devices.
+      put_count: the same for a number; None where nothing is counted (on_error="raise").
+
+    Attributes:
+      counts: to be logged with the metrics of the batch handed out last: "skipped_records", how many pictures of this
+        process's share stand in for one that could not be read.
+    """
+
+    def __init__(self, batches: Batches, put: Callable[[Batch], Any], put_count: Callable[[int], Any] | None):
+        self._batches, self._put, self._put_count = batches, put, put_count
+        self._next = self._fetch()
+        self.counts: dict[str, Any] = {}
+
+    def __next__(self) -> Any:
+        if isinstance(self._next, Exception):
+            raise self._next
+        (batch, self.counts), self._next = self._next, self._fetch()
+        return batch
+
+    def _fetch(self) -> tuple[Any, dict[str, Any]] | Exception:
+        before = self._batches.num_skipped
+        try:
+            batch = self._put(next(self._batches))
+        except Exception as error:  # of a batch that nobody has asked for yet, and that the last step never asks for
+            return error
+        skipped = self._batches.num_skipped - before
+        return batch, {} if self._put_count is None else {"skipped_records": self._put_count(skipped)}
+
+
 def _local_batch_size(batch_size: int, process_index: int, process_count: int) -> int:
     if batch_size < 1 or batch_size % process_count:
         raise ValueError(f"batch_size={batch_size} must be a positive multiple of the {process_count} processes")
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index={process_index} is outside 0..{process_count - 1}")
     return batch_size // process_count
+
+
+def _positions(part: int, length: int) -> np.ndarray:
+    """The positions in the stream of examples that make up one process's part of a batch."""
+    return np.arange(part * length, (part + 1) * length)
 
 
 def _check_reading(num_threads: int | None, num_workers: int) -> None:

@@ -1,7 +1,7 @@
 """Elementary operations on 8-bit Pillow images (modes RGB and L) that the augmentation policies are made of.
 
 Pillow is the definition of each of them in timm and torchvision. The two that end in `_published` repeat what the
-TensorFlow code behind AugReg and big_vision computes instead (docs/augmentation.md says where they differ).
+TensorFlow code behind AugReg and big_vision computes instead (docs/data.md says where they differ).
 """
 
 from collections.abc import Callable

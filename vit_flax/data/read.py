@@ -13,6 +13,7 @@ from vit_flax.data.sources import Example, Source
 Transform = Callable[[Example, np.random.Generator | None], Example]
 OnError = Literal["raise", "skip"]
 
+ADVICE = "python -m vit_flax.data.check lists all bad records; data.on_error='skip' goes on without them"
 MAX_BAD_IN_A_ROW = 100  # then "skip" gives up: the whole set is bad, or its disk is gone
 
 
@@ -43,7 +44,7 @@ class Reader:
         self._shapes: tuple[tuple[int, int, int], tuple[int, ...]] | None = None  # of the images and the labels
         self._reported: set[int] = set()
         rng = None if self.deterministic else np.random.default_rng(0)
-        first = self._read_next(0, rng) if on_error == "skip" else self._read(0, rng)
+        first = self._read_next(0, rng) if on_error == "skip" else self(0, rng)
         self._shapes = first["image"].shape, first["label"].shape
 
     @property
@@ -60,12 +61,15 @@ class Reader:
     def __call__(self, row: int, rng: np.random.Generator | None) -> dict[str, Any]:
         if row >= len(self.source):
             return self._padding()
-        if self.on_error == "raise":
-            return self._read(row, rng)
         try:
             return self._read(row, rng)
         except (DecodeError, OSError) as error:
-            self._report(row, error)
+            if self.on_error == "skip":
+                self._report(row, error)
+            elif isinstance(error, DecodeError):
+                raise DecodeError(error.record_id, f"{error.problem} ({ADVICE})") from error
+            else:
+                raise
         example = self._read_next(row + 1, rng) if self.replace else self._padding()
         return {**example, "skipped": np.int64(row)}
 

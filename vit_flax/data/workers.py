@@ -1,5 +1,8 @@
 """Threads and worker processes: how many, how much they read ahead, and how they end."""
 
+import atexit
+import functools
+import gc
 import os
 import shutil
 import threading
@@ -34,6 +37,7 @@ def start(batches: Any, *, num_threads: int | None, num_workers: int, batch_byte
     data = batches.to_iter_dataset(options)
     if num_workers:
         _mark_flags_as_parsed()
+        _collect_at_exit()
         if not fits_shared_memory(num_workers, batch_bytes):
             logging.warning("%s is too small for %d workers; batches go through pipes", SHARED_MEMORY, num_workers)
             never = grain.experimental.DatasetOptions(min_shm_size=2**62)
@@ -71,6 +75,15 @@ def _mark_flags_as_parsed() -> None:
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
+
+
+@functools.cache
+def _collect_at_exit() -> None:
+    """Has garbage collected once more when this process ends.
+
+    JAX keeps a batch that it shares memory with until then, and Python would report its shared memory as leaked.
+    """
+    atexit.register(gc.collect)
 
 
 def die_with_parent() -> None:

@@ -1,12 +1,12 @@
 """Accuracy, loss and calibration of a classifier on a split, each example counted once."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vit_flax import metrics
 from vit_flax.evals.samples import Samples
@@ -45,7 +45,7 @@ class Classification:
         num_classes: int,
     ):
         self._batches, self._put, self._num_classes = batches, put, num_classes
-        self._shard = data_shard(rows.mesh)
+        self._shard = data_shard(cast(Mesh, rows.mesh))
         self.details: dict[str, Any] = {}
 
         def measure(params: PyTree, batch: dict[str, Array]) -> tuple[dict[str, Array], tuple[Array, Array]]:

@@ -70,7 +70,7 @@ class EvaluationHook:
         self._writer.write(step, found)
         self._writer.say(f"step {step} " + "  ".join(f"{name} {value:.4f}" for name, value in found.items()))
         if self._writer.workdir is not None and self._writer.active:
-            self._write_details(step, "moving average" if state.ema is not None else "parameters")
+            self._write_details(step, "moving average of the parameters" if state.ema is not None else "parameters")
         if self._log is not None:
             self._log.exclude(time.perf_counter() - since)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from vit_flax.models.layers import keep, kept
 from vit_flax.typing import Array, Float
 
 
@@ -18,7 +19,8 @@ def attend(
       q: queries.
       k: keys.
       v: values.
-      impl: "xla"; "cudnn", the fused kernel of NVIDIA's library; or "auto": "cudnn" where it runs, "xla" elsewhere.
+      impl: "xla", JAX's own; "cudnn", the fused kernel of NVIDIA's library; "cpu", see `_cpu`; or "auto": "cpu" on
+        CPUs, "cudnn" where it runs, "xla" elsewhere.
 
     Raises: ValueError: "cudnn" was asked for by name where it cannot run; the message says why.
     Source: Vaswani et al. 2017, eq. (1) (arXiv:1706.03762); `jax.nn.dot_product_attention`.
@@ -37,11 +39,87 @@ def _cudnn(q: Array, k: Array, v: Array) -> Array:
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
 
 
+@jax.custom_vjp
+def _cpu(q: Array, k: Array, v: Array) -> Array:
+    """The products in the forms that XLA's CPU backend runs at its full rate; runs anywhere, without forward mode.
+
+    That is: one batch axis, the left operand contracted over its last axis, a float32 result. Other forms run at half
+    the rate in float32 and a quarter in bfloat16. The backward pass keeps no weights: it computes them again from the
+    logarithm of their sum, and the row sums of `weights * d_weights` as those of `y * dy` (Dao et al. 2022,
+    arXiv:2205.14135, appendix B.2).
+    """
+    return _cpu_forward(q, k, v)[0]
+
+
+def _cpu_forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
+    products = _batched_dot(_heads(q), _heads(k), 2)
+    largest = jnp.max(products, axis=-1, keepdims=True)
+    weights = jnp.exp((products - largest) * _scale(q))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    y = _batched_dot(weights.astype(v.dtype), _heads(v), 1) / total  # dividing here is n / e times cheaper
+    y = _tokens(y, q)
+    return y, (*(keep(x) for x in (q, k, v, y)), largest * _scale(q) + jnp.log(total))
+
+
+def _cpu_backward(saved: tuple[Array, ...], dy: Array) -> tuple[Array, Array, Array]:
+    q, k, v, y, log_total = (kept(x) for x in saved)
+    qh, kh, dyh = _heads(q), _heads(k), _heads(dy)
+    weights = jnp.exp(_batched_dot(qh, kh, 2) * _scale(q) - log_total)
+    row_sums = jnp.sum(dy.astype(jnp.float32) * y.astype(jnp.float32), axis=-1, keepdims=True)
+    dweights = _batched_dot(dyh, _heads(v), 2)
+    dlogits = (weights * (dweights - _heads(row_sums)) * _scale(q)).astype(q.dtype)
+    dq = _batched_dot(dlogits, kh, 1)
+    # The small operand is turned, not the n x n one: d_k^T = q^T d_logits.
+    dk_turned = _batched_dot(_heads_turned(q), dlogits, 1)
+    dv_turned = _batched_dot(_heads_turned(dy), weights.astype(q.dtype), 1)
+    return _tokens(dq, q), _tokens_turned(dk_turned, k), _tokens_turned(dv_turned, v)
+
+
+_cpu.defvjp(_cpu_forward, _cpu_backward)
+
+
+def _scale(q: Array) -> float:
+    return q.shape[-1] ** -0.5
+
+
+def _heads(x: Float[Array, "b n k e"]) -> Float[Array, "m n e"]:
+    b, n, k, e = x.shape
+    return x.transpose(0, 2, 1, 3).reshape(b * k, n, e)
+
+
+def _heads_turned(x: Float[Array, "b n k e"]) -> Float[Array, "m e n"]:
+    b, n, k, e = x.shape
+    return x.transpose(0, 2, 3, 1).reshape(b * k, e, n)
+
+
+def _tokens(x: Float[Array, "m n e"], like: Float[Array, "b n k e"]) -> Float[Array, "b n k e"]:
+    b, n, k, e = like.shape
+    return x.astype(like.dtype).reshape(b, k, n, e).transpose(0, 2, 1, 3)
+
+
+def _tokens_turned(x: Float[Array, "m e n"], like: Float[Array, "b n k e"]) -> Float[Array, "b n k e"]:
+    # A transpose right behind a bfloat16 product is folded into it by XLA (jaxlib 0.10), to a form it then cannot run.
+    b, n, k, e = like.shape
+    return x.astype(like.dtype).reshape(b, k, e, n).transpose(0, 3, 1, 2)
+
+
+def _batched_dot(a: Array, b: Array, contracted: int) -> Array:
+    axes = ((2,), (contracted,)), ((0,), (0,))
+    return jax.lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)
+
+
 def _auto(q: Array, k: Array, v: Array) -> Array:
+    if jax.default_backend() == "cpu":
+        return _cpu(q, k, v)
     return _xla(q, k, v) if why_not_cudnn(q) else _cudnn(q, k, v)
 
 
-IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array], Array]] = {"auto": _auto, "xla": _xla, "cudnn": _cudnn}
+IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array], Array]] = {
+    "auto": _auto,
+    "cpu": _cpu,
+    "cudnn": _cudnn,
+    "xla": _xla,
+}
 
 
 def why_not_cudnn(q: Array) -> str | None:

@@ -7,15 +7,62 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from vit_flax.typing import Array, Float
 
+
+def keep(x: Array) -> Array:
+    """What a backward pass should save of an array; `kept` gives it back.
+
+    Under a scan, saved arrays are stacked. XLA's CPU backend cannot slice bfloat16 and widens the whole stack to
+    float32 first: there the bits are stacked.
+    """
+    if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+        return jax.lax.bitcast_convert_type(x, jnp.uint16)
+    return x
+
+
+def kept(x: Array) -> Array:
+    """The array that `keep` was given."""
+    return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
+
+
+def recomputed(function: Callable[..., Array]) -> Callable[..., Array]:
+    """A cheap function whose backward pass saves nothing but its arguments and computes the rest again."""
+
+    @jax.custom_vjp
+    def f(*args: Array) -> Array:
+        return function(*args)
+
+    def forward(*args: Array) -> tuple[Array, tuple[Array, ...]]:
+        return function(*args), tuple(keep(x) for x in args)
+
+    def backward(saved: tuple[Array, ...], gradient: Array) -> tuple[Array, ...]:
+        return jax.vjp(function, *(kept(x) for x in saved))[1](gradient)
+
+    f.defvjp(forward, backward)
+    return f
+
+
+def in_float32(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """A function of each element, computed in float32 and rounded once.
+
+    Left to itself, bfloat16 rounds after every operation (in software on CPUs), and a backward pass keeps half a dozen
+    intermediates of the widest layer of the model.
+    """
+    return recomputed(lambda x: function(x.astype(jnp.float32)).astype(x.dtype))
+
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": partial(nn.gelu, approximate=False),
-    "gelu_tanh": partial(nn.gelu, approximate=True),
-    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
-    "silu": nn.silu,
+    "gelu": in_float32(partial(nn.gelu, approximate=False)),
+    "gelu_tanh": in_float32(partial(nn.gelu, approximate=True)),
+    "quick_gelu": in_float32(lambda x: x * nn.sigmoid(1.702 * x)),
+    "silu": in_float32(nn.silu),
 }
+
+
+LINEAR_RESULT = "linear"  # by this name, rules of rematerialisation speak of what a linear layer returns
 
 
 class Linear(nn.Module):
@@ -43,44 +90,41 @@ class Linear(nn.Module):
             return self.kernel_init(key, flat, dtype).reshape(shape)
 
         kernel = self.param("kernel", init, (*fan_in, *features), self.param_dtype)
-        multiply = product if self.dtype == jnp.float32 else low_precision_product
-        y: Array = multiply(x.astype(self.dtype), kernel, self.in_axes)  # pyright: ignore[reportAssignmentType]
+        y: Array = product(x.astype(self.dtype), kernel, self.in_axes)  # pyright: ignore[reportAssignmentType]
         if self.use_bias:
             bias = self.param("bias", self.bias_init, features, self.param_dtype)
             y += jnp.expand_dims(bias.astype(jnp.float32), range(y.ndim - len(features)))
-        return y.astype(self.dtype)
-
-
-def product(x: Float[Array, "..."], kernel: Float[Array, "..."], in_axes: int) -> Float[Array, "..."]:
-    """Sums over the last `in_axes` axes of `x` and the first of the kernel, in the dtype of `x`; the result is float32.
-
-    XLA's CPU backend runs bfloat16 products with a float32 result at twice the rate of those with a bfloat16 result.
-    """
-    contracted = range(x.ndim - in_axes, x.ndim), range(in_axes)
-    return _dot(x, kernel.astype(x.dtype), contracted)
+        return checkpoint_name(y.astype(self.dtype), LINEAR_RESULT)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def low_precision_product(x: Float[Array, "..."], kernel: Float[Array, "..."], in_axes: int) -> Float[Array, "..."]:
-    """`product` whose backward products take their operands in the dtype of `x` too.
+def product(x: Float[Array, "..."], kernel: Float[Array, "..."], in_axes: int) -> Float[Array, "..."]:
+    """Sums over the last `in_axes` axes of `x` and the first of the kernel, in the dtype of `x`; the result is float32.
 
-    The derivative that JAX makes of a product with a float32 result runs in float32: half the rate or less.
-    The kernel's gradient keeps float32. No forward-mode differentiation.
+    The products of the backward pass take their operands in the dtype of `x` too (JAX's own derivative of a product
+    with a float32 result runs in float32), and are written in the forms that XLA's CPU backend runs at its full rate.
+    With a bfloat16 result it runs at half of that. The kernel's gradient keeps float32. No forward mode.
     """
-    return product(x, kernel, in_axes)
+    return _dot(x, kernel.astype(x.dtype), (range(x.ndim - in_axes, x.ndim), range(in_axes)))
 
 
 def _save_operands(x: Array, kernel: Array, in_axes: int) -> tuple[Array, tuple[Array, Array]]:
-    return product(x, kernel, in_axes), (x, kernel)
+    return product(x, kernel, in_axes), (keep(x), kernel)
 
 
 def _backward_products(in_axes: int, saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    x, kernel = saved
+    x, kernel = kept(saved[0]), saved[1]
     gradient = gradient.astype(x.dtype)
     leading = x.ndim - in_axes
     outputs = range(leading, gradient.ndim), range(in_axes, kernel.ndim)
     dx = _dot(gradient, kernel.astype(x.dtype), outputs)
-    dkernel = _dot(x, gradient, (range(leading), range(leading)))
+    if math.prod(x.shape[leading:]) <= math.prod(kernel.shape[in_axes:]):
+        dkernel = _dot(x, gradient, (range(leading), range(leading)))
+    else:
+        # XLA copies the left operand, turned: let it be the smaller one. The barrier keeps it from turning it back.
+        turned = jax.lax.optimization_barrier(_dot(gradient, x, (range(leading), range(leading))))
+        n = turned.ndim - in_axes
+        dkernel = turned.transpose(*range(n, turned.ndim), *range(n))
     return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
 
 
@@ -88,7 +132,7 @@ def _dot(a: Array, b: Array, contracted: tuple[Sequence[int], Sequence[int]]) ->
     return jax.lax.dot_general(a, b, (contracted, ((), ())), preferred_element_type=jnp.float32)
 
 
-low_precision_product.defvjp(_save_operands, _backward_products)
+product.defvjp(_save_operands, _backward_products)
 
 
 class LayerNorm(nn.Module):
@@ -108,10 +152,14 @@ class LayerNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype).astype(jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype).astype(jnp.float32)
         scale, bias = (jnp.expand_dims(p, range(x.ndim - 1)) for p in (scale, bias))
-        y = x.astype(jnp.float32)
-        y -= jnp.mean(y, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(y), axis=-1, keepdims=True)
-        return (y * (jax.lax.rsqrt(variance + self.epsilon) * scale) + bias).astype(self.dtype)
+
+        def normalise(x: Array, scale: Array, bias: Array) -> Array:
+            y = x.astype(jnp.float32)
+            y -= jnp.mean(y, axis=-1, keepdims=True)
+            variance = jnp.mean(jnp.square(y), axis=-1, keepdims=True)
+            return (y * (jax.lax.rsqrt(variance + self.epsilon) * scale) + bias).astype(self.dtype)
+
+        return recomputed(normalise)(x, scale, bias)
 
 
 class LayerScale(nn.Module):

@@ -1,7 +1,8 @@
 """Position information: tables that are added to the tokens, and rotations that are applied to queries and keys."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -67,12 +68,17 @@ class Rotation(NamedTuple):
     cos: Array
 
 
-def rope_dinov3(grid: Grid, head_dim: int) -> Rotation:
+def rope_dinov3(grid: Grid, head_dim: int, *, period_dtype: Any = np.float64) -> Rotation:
     """Axial rotations over patch centres in [-1, 1], bands `[y, x]` tiled twice (the halves are rotated).
+
+    Args:
+      grid: rows and columns, in patches.
+      head_dim: of the attention.
+      period_dtype: to which the periods of the waves are rounded, such as bfloat16 in Meta's own files.
 
     Source: Siméoni et al. 2025 (arXiv:2508.10104); facebookresearch/dinov3 layers/rope_position_encoding.py.
     """
-    periods = 100.0 ** (np.arange(head_dim // 4) * 4 / head_dim)
+    periods = (100.0 ** (np.arange(head_dim // 4) * 4 / head_dim)).astype(period_dtype).astype(np.float64)
     centres = (2 * (np.arange(n) + 0.5) / n - 1 for n in grid)
     y, x = np.meshgrid(*centres, indexing="ij")
     bands = [2 * np.pi * axis.reshape(-1, 1) / periods for axis in (y, x)]
@@ -95,7 +101,11 @@ def _rotation(angles: np.ndarray) -> Rotation:
     return Rotation(jnp.asarray(np.sin(angles), jnp.float32), jnp.asarray(np.cos(angles), jnp.float32))
 
 
-ROPES: dict[str, Callable[[Grid, int], Rotation]] = {"dinov3": rope_dinov3, "eva": rope_eva}
+ROPES: dict[str, Callable[[Grid, int], Rotation]] = {
+    "dinov3": rope_dinov3,  # transformers, timm
+    "dinov3_bf16": partial(rope_dinov3, period_dtype=jnp.bfloat16),  # Meta: the published weights hold rounded periods
+    "eva": rope_eva,
+}
 
 
 def _swap_halves(x: Array) -> Array:
@@ -107,7 +117,11 @@ def _swap_pairs(x: Array) -> Array:
     return jnp.stack([-x[..., 1::2], x[..., ::2]], axis=-1).reshape(x.shape)
 
 
-_QUARTER_TURN: dict[str, Callable[[Array], Array]] = {"dinov3": _swap_halves, "eva": _swap_pairs}
+_QUARTER_TURN: dict[str, Callable[[Array], Array]] = {
+    "dinov3": _swap_halves,
+    "dinov3_bf16": _swap_halves,
+    "eva": _swap_pairs,
+}
 
 
 def rotate(x: Float[Array, "b n k e"], rotation: Rotation, rope: str) -> Float[Array, "b n k e"]:

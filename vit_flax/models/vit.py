@@ -22,7 +22,7 @@ from flax import linen as nn
 
 from vit_flax.models import heads, variants
 from vit_flax.models.attend import IMPLEMENTATIONS, attend, attend_with_weights
-from vit_flax.models.layers import ACTIVATIONS, LayerNorm, LayerScale, Linear, drop_path
+from vit_flax.models.layers import ACTIVATIONS, LINEAR_RESULT, LayerNorm, LayerScale, Linear, drop_path
 from vit_flax.models.posemb import FIXED_TABLES, ROPES, Grid, LearnedPositions, Rotation, rotate
 from vit_flax.typing import Array, Float
 
@@ -66,6 +66,7 @@ class ViT(nn.Module):
       head_zero_init: zeros for the head's kernel (the published recipes), or a truncated normal of 0.02.
       scan: one compiled block for all layers (parameters stacked `[l, ...]` under `blocks`), or a Python loop
         (`block_0`, `block_1`, ...). Compile time does not grow with the depth under scan.
+      scan_unroll: blocks per turn of the scan; more may run faster and compile longer.
       remat: what the backward pass recomputes: a key of `REMAT`.
       attention_impl: a key of `attend.IMPLEMENTATIONS`.
       return_attention: adds the attention weights to `out` (they are computed the slow way then).
@@ -106,6 +107,7 @@ class ViT(nn.Module):
     head_bias_init: float = 0.0
     head_zero_init: bool = True
     scan: bool = True
+    scan_unroll: int = 1
     remat: str = "none"
     attention_impl: str = "auto"
     return_attention: bool = False
@@ -233,7 +235,9 @@ class ViT(nn.Module):
         rate = (self.drop_path if drop_path is None else drop_path) if train else None
         rates = None if rate is None or (isinstance(rate, int | float) and rate == 0) else self._ramp() * rate
         rotation = ROPES[self.rope](grid, head_dim) if self.rope else None
-        encoder = Encoder(block, depth=self.depth, scan=self.scan, remat=self.remat, name="encoder")
+        encoder = Encoder(
+            block, depth=self.depth, scan=self.scan, unroll=self.scan_unroll, remat=self.remat, name="encoder"
+        )
         nn.share_scope(self, encoder)  # the blocks' parameters are `blocks/...`, not `encoder/blocks/...`
         x, out["blocks"] = encoder(x, rates, rotation)
 
@@ -298,10 +302,17 @@ RAMPS: dict[str, Callable[[int], list[float]]] = {
     "constant": lambda depth: [1.0] * depth,
 }
 
-# What stays in memory for the backward pass: all, only the results of matrix products with weights, or nothing.
-REMAT: dict[str, Callable[..., bool] | None] = {
+# What of the blocks is kept for the backward pass: all that it reads, only the results of the linear layers, those in
+# the memory of the host, or nothing. The rest is computed again.
+REMAT: dict[str, Callable[..., Any] | None] = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(LINEAR_RESULT),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[LINEAR_RESULT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -312,6 +323,7 @@ class Encoder(nn.Module):
     block: Callable[..., nn.Module]
     depth: int
     scan: bool
+    unroll: int
     remat: str
 
     @nn.compact
@@ -327,6 +339,7 @@ class Encoder(nn.Module):
             blocks = nn.scan(
                 cls,
                 length=self.depth,
+                unroll=self.unroll,
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]

@@ -65,7 +65,7 @@ class Csv:
         for path in sorted(self._folder.glob("*.csv")):
             columns, *rows = _whole_rows(path) or [["step"]]
             self._columns[path.stem] = columns
-            self._rewrite(path.stem, [row for row in rows if int(row[0]) <= start_step])
+            self._rewrite(path.stem, [row for row in rows if row[0].isdecimal() and int(row[0]) <= start_step])
 
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
         """Adds a row to each table that has a number here; None is an empty cell."""

@@ -5,6 +5,7 @@
 Neither can take points back. What a run repeats after a restart is equal, bit for bit, to what it sent before.
 """
 
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ class WandB:
         import wandb
 
         id_file = workdir / "wandb_run_id"
-        run_id = id_file.read_text() if id_file.exists() else wandb.util.generate_id()
+        run_id = id_file.read_text() if id_file.exists() else uuid.uuid4().hex[:12]
         self._picture = wandb.Image
         self._run = wandb.init(
             id=run_id,

@@ -1,5 +1,6 @@
 """TensorBoard event files, written without TensorFlow."""
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ class TensorBoard:
         from tensorboardX import SummaryWriter
 
         self._config = config
-        self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+        # tensorboardX names files by the second, and would write over those of a life that was as short.
+        unique = f".{time.time_ns()}"
+        self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1, filename_suffix=unique)
 
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
         """Adds points to the curves; a number that was not finite is a gap."""

@@ -4,25 +4,58 @@ import re
 from dataclasses import replace
 
 from vit_flax.convert.families.google import BIG_VISION, GOOGLE
+from vit_flax.convert.families.huggingface_clip import HF_CLIP, HF_SIGLIP
+from vit_flax.convert.families.huggingface_dinov3 import HF_DINOV3
+from vit_flax.convert.families.huggingface_vit import (
+    HF_DEIT,
+    HF_DINOV2,
+    HF_DINOV2_WITH_REGISTERS,
+    HF_VIT,
+    HF_VIT_MAE,
+)
+from vit_flax.convert.families.meta import META_DEIT3, META_DINOV2, META_DINOV3, META_MAE
 from vit_flax.convert.families.own import VIT_FLAX
+from vit_flax.convert.families.timm import TIMM
 from vit_flax.convert.source import Source
 from vit_flax.convert.table import Family
 
 FAMILIES: dict[str, Family] = {
     "google": GOOGLE,
     "big_vision": BIG_VISION,
+    "timm": TIMM,
+    "meta:dinov2": META_DINOV2,
+    "meta:dinov3": META_DINOV3,
+    "meta:mae": META_MAE,
+    "meta:deit3": META_DEIT3,
     "vit_flax": VIT_FLAX,
+    "hf:vit": HF_VIT,
+    "hf:deit": HF_DEIT,
+    "hf:vit_mae": HF_VIT_MAE,
+    "hf:dinov2": HF_DINOV2,
+    "hf:dinov2_with_registers": HF_DINOV2_WITH_REGISTERS,
+    "hf:dinov3_vit": HF_DINOV3,
+    "hf:siglip": HF_SIGLIP,
+    "hf:clip": HF_CLIP,
 }
 # What `save_pretrained(family=...)` tries in order.
 GROUPS: dict[str, tuple[str, ...]] = {
     "npz": ("google", "big_vision"),
+    "hf": (
+        "hf:vit",
+        "hf:deit",
+        "hf:dinov2",
+        "hf:dinov2_with_registers",
+        "hf:dinov3_vit",
+        "hf:siglip",
+        "hf:clip",
+    ),
 }
 
 # Names that give away what is not supported, and what it is.
 _OUT_OF_SCOPE = {
     r"relative_position_bias_table|rel_pos_bias": "a BEiT or Swin model, with relative position biases",
     r"conv_root/kernel|patch_embed\.backbone\.|bit\.embedder": "a hybrid: its patches come from a ResNet",
-    r"^txt/|^text_model\.|^transformer\.resblocks": "a text tower without an image tower",
+    r"^txt/|^text_model\.|^embeddings\.token_embedding|^transformer\.resblocks": "a text tower without an image tower",
 }
 
 
@@ -31,10 +64,14 @@ def find_family(source: Source, name: str | None) -> tuple[Family, Source]:
 
     Args:
       source: as opened.
-      name: a key of `FAMILIES`; None to find it.
+      name: a key of `FAMILIES`; None to find it. What follows a colon ("timm:vit_base_patch16_224") is the architecture
+        that config.json would have said.
 
     Raises: ValueError: unknown name, a file of no family or of several, or a file that is not of the family named.
     """
+    if name is not None and name not in FAMILIES and name.partition(":")[0] in FAMILIES:
+        name, _, architecture = name.partition(":")
+        source = replace(source, config={**source.config, "architecture": architecture})
     if name is not None and name not in FAMILIES:
         raise ValueError(f"Unknown family {name!r}: expected one of {', '.join(FAMILIES)}.")
     spelled = {n: replace(source, tensors=family.spell(source.tensors)) for n, family in FAMILIES.items()}

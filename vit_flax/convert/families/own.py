@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
 from vit_flax.convert.engine import parameter_shapes
 from vit_flax.convert.preprocess import Preprocess
+from vit_flax.convert.resample import Grid
 from vit_flax.convert.source import CONFIG, Source
 from vit_flax.convert.table import SAME, Family, Outgoing, Row, Spec
 from vit_flax.models import ViT
@@ -32,25 +34,45 @@ def _rows(model: ViT) -> list[Row]:
     return [Row(path, path, SAME) for path in parameter_shapes(model, patch, 3)]
 
 
-def _config(out: Outgoing) -> dict[str, dict[str, Any]]:
-    ph, pw = (out.model.patch_size,) * 2 if isinstance(out.model.patch_size, int) else out.model.patch_size
-    fields = {f.name: getattr(out.model, f.name) for f in dataclasses.fields(out.model)}
+def config_json(
+    model: ViT,
+    *,
+    channels: int,
+    image_size: Grid,
+    posemb_resize: str,
+    preprocess: Preprocess | None,
+    class_names: Sequence[str] | None,
+) -> dict[str, Any]:
+    """The contents of config.json in our own format."""
+    ph, pw = (model.patch_size,) * 2 if isinstance(model.patch_size, int) else model.patch_size
+    fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name not in ("parent", "name")}
     content = {
         "format": "vit_flax",
-        "model": {k: v for k, v in fields.items() if k not in ("parent", "name")}
-        | {k: jnp.dtype(fields[k]).name for k in ("dtype", "param_dtype")},
-        "channels": out.channels,
-        "grid": [out.image_size[0] // ph, out.image_size[1] // pw],
-        "posemb_resize": out.posemb_resize,
-        "preprocess": out.preprocess.to_dict() if out.preprocess else None,
-        "class_names": out.class_names,
+        "model": fields | {k: jnp.dtype(fields[k]).name for k in ("dtype", "param_dtype")},
+        "channels": channels,
+        "grid": [image_size[0] // ph, image_size[1] // pw],
+        "posemb_resize": posemb_resize,
+        "preprocess": preprocess.to_dict() if preprocess else None,
+        "class_names": class_names,
     }
-    return {CONFIG: json.loads(json.dumps(content))}
+    return json.loads(json.dumps(content))
+
+
+def _config(out: Outgoing) -> dict[str, dict[str, Any]]:
+    content = config_json(
+        out.model,
+        channels=out.channels,
+        image_size=out.image_size,
+        posemb_resize=out.posemb_resize,
+        preprocess=out.preprocess,
+        class_names=out.class_names,
+    )
+    return {CONFIG: content}
 
 
 VIT_FLAX = Family(
     name="vit_flax",
-    about="a folder written by vit_flax: config.json and model.safetensors under our own names",
+    about="written by vit_flax: a folder with config.json and model.safetensors, or the workdir of a run",
     matches=lambda source: source.config.get("format") == "vit_flax",
     describe=_describe,
     rows=_rows,

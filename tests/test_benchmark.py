@@ -1,0 +1,128 @@
+"""The benchmark command: figures add up, cases take turns, five libraries are enough. No test measures time."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from vit_flax.benchmark import __main__ as command
+from vit_flax.benchmark import measure, report
+from vit_flax.benchmark.cases import Case, Ours
+
+ROOT = Path(__file__).parent.parent
+CASE = Case("mu/16", 2, "train", "float32", image_px=32, num_classes=10)
+
+
+class Fake:
+    """Takes a second per step and writes down when it was its turn."""
+
+    def __init__(self, name, turns):
+        self.name, self.turns = name, turns
+
+    def run(self, steps):
+        self.turns.append(self.name)
+        return float(steps)
+
+
+def test_cases_take_turns():
+    turns = []
+    seconds = measure.take_turns({n: Fake(n, turns) for n in "ab"}, rounds=3, min_seconds=2.0)
+    assert turns[4:] == ["a", "b"] * 3  # behind two turns each to find the number of steps
+    assert seconds == {"a": [1.0] * 3, "b": [1.0] * 3}
+
+
+def test_a_ratio_is_taken_within_the_rounds():
+    assert measure.ratio([1.0, 10.0, 3.0], [2.0, 20.0, 6.0]) == 0.5
+
+
+@pytest.mark.parametrize("mode", ["forward", "train", "loop"])
+def test_a_case_runs_and_its_row_adds_up(mode):
+    case = Case("mu/16", 2, mode, "float32", image_px=32, num_classes=10)
+    runner = Ours(case)
+    assert runner.run(2) > 0
+    row = report.row(
+        case, [0.5, 0.25, 1.0], ceiling_gflops=1e-3, versus_first=1.0, compile_seconds=0.0, memory_bytes=2**20
+    )
+    assert row["images_per_second"] == 4.0
+    assert (row["low"], row["high"], row["rounds"]) == (2.0, 8.0, 3)
+    assert row["fraction_of_matmul"] == pytest.approx(case.flops() / 0.5 / 1e6, rel=1e-2)
+    assert row["program_mib"] == 1.0
+    assert report.table([row]).count("\n") == 2
+
+
+def test_a_training_step_counts_three_forward_passes():
+    forward = Case("mu/16", 2, "forward", "float32", image_px=32, num_classes=10)
+    assert CASE.flops() == 3 * forward.flops()
+
+
+def test_layers_choose_scan_loop_or_unrolling():
+    def model(layers):
+        return Case("mu/16", 2, "train", "float32", layers=layers).model()
+
+    assert (model("scan").scan, model("scan").scan_unroll) == (True, 1)
+    assert model("loop").scan is False
+    assert (model("4").scan, model("4").scan_unroll) == (True, 4)
+
+
+@pytest.mark.parametrize(("limit", "start"), [(0, 8), (1, 8), (7, 8), (8, 8), (1000, 8), (1000, 3000)])
+def test_the_largest_that_fits_is_found_to_an_eighth(limit, start):
+    tried = []
+    found = command.largest_that(lambda n: tried.append(n) or n <= limit, start)
+    assert limit * 8 / 9 - 1 < found <= limit
+    assert found in tried or found == 0
+    assert len(tried) < 16
+
+
+def test_find_batch_asks_the_compiler(monkeypatch):
+    case = Case("mu/16", 2, "forward", "float32", image_px=32, num_classes=10)
+    monkeypatch.setattr(measure, "free_memory_bytes", lambda: 2**19)
+    found = command.find_batch(case)
+    assert found["largest_batch"] >= 2
+    assert 0 < found["program_mib"] <= found["limit_mib"] == 0.5
+
+
+def test_data_sheet_knows_the_kind_of_device(monkeypatch):
+    class Device:
+        device_kind = "NVIDIA H100 80GB HBM3"
+
+    monkeypatch.setattr(jax, "devices", lambda: [Device])
+    assert measure.data_sheet_gflops("bfloat16") == 989_400
+    assert measure.data_sheet_gflops("float32") is None
+
+
+def test_hyphens_and_underscores_name_the_same_flag():
+    assert command.with_underscores(["x-y", "--find-batch", "--layers=a-b"]) == ["x-y", "--find_batch", "--layers=a-b"]
+
+
+BLOCK = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        top = name.split(".")[0]
+        if top in {"ml_collections", "jaxtyping", "beartype", "grain", "PIL", "sklearn"}:
+            raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Block())
+import runpy
+sys.argv[1:] = "--variant mu/16 --batch 2 --mode train --image_px 32 --rounds 2 --min_seconds 0.001".split()
+runpy.run_module("vit_flax.benchmark", run_name="__main__")
+"""
+
+
+def test_the_command_needs_five_libraries_and_prints_one_json_line():
+    done = subprocess.run([sys.executable, "-c", BLOCK], text=True, cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (line,) = done.stdout.splitlines()
+    figures = json.loads(line)
+    assert figures["images_per_second"] > 0
+    assert figures["matmul_gflops"] > 0
+    assert figures["peak_mib"] > 0
+
+
+def test_a_word_that_is_no_choice_is_an_error_with_the_choices():
+    argv = ["-m", "vit_flax.benchmark", "--mode=backward"]
+    done = subprocess.run([sys.executable, *argv], text=True, cwd=ROOT, capture_output=True)
+    assert done.returncode != 0
+    assert "--mode=backward is unknown: expected forward, train, loop" in done.stdout + done.stderr

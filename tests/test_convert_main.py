@@ -1,0 +1,104 @@
+"""`python -m vit_flax.convert` as a user meets it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vit_flax import load_pretrained
+from vit_flax.convert import __main__ as command
+
+ROOT = Path(__file__).parent.parent
+CHECKPOINT = ROOT / "tests" / "golden" / "vit_jax_prelinen.ckpt.npz"
+NO_CLASS_TOKEN = ROOT / "tests" / "golden" / "big_vision_map_scan.ckpt.npz"
+
+
+def test_conversion_there_and_back_with_changes_on_the_way(tmp_path, capsys):
+    own, back = tmp_path / "own", tmp_path / "back.npz"
+    assert (
+        command.main([str(CHECKPOINT), str(own), "--to", "vit_flax", "--num_classes", "3", "--image_size", "64x32"])
+        == 0
+    )
+    printed = capsys.readouterr().out
+    assert "resampled      posemb/table [1, 16, 32] -> [1, 32, 32]" in printed
+    assert printed.endswith(f"wrote {own} as vit_flax\n")
+    assert load_pretrained(own).preprocess.image_size == (64, 32)
+    assert command.main([str(CHECKPOINT), str(back), "--to", "npz"]) == 0
+    theirs, ours = np.load(CHECKPOINT), np.load(back)
+    np.testing.assert_array_equal(ours["head/kernel"], theirs["head/kernel"])
+
+
+def test_description_says_what_the_file_is(capsys):
+    assert command.main(["--describe", str(CHECKPOINT)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["path", str(CHECKPOINT)]
+    assert lines[1].startswith("family      google: google-research/vision_transformer")
+    fields = "num_classes=5, patch_size=(8, 8), width=32, depth=3, mlp_dim=64, num_heads=4, activation='gelu_tanh'"
+    assert lines[2] == f"model       {fields}"
+    assert lines[3] == "image       32x32, 3 channels"
+    assert "without antialiasing" in lines[4]
+    assert lines[6] == "classes     5, without names"
+    table = {line.split()[0]: line.split()[1:] for line in lines[8:]}
+    assert table["cls"] == ["float32", "[1,", "1,", "32]", "cls_token/token"]
+    block = table["Transformer/encoderblock_{i}/MlpBlock_0/Dense_0/kernel"]
+    assert block == ["x3", "float32", "[32,", "64]", "blocks/mlp/fc1/kernel"]
+    assert table["Transformer/posembed_input/pos_embedding"][-3:] == ["cls_token/position", "+", "posemb/table"]
+    # Every tensor of the file is in the table.
+    counts = [int(cells[0][1:]) if cells[0].startswith("x") else 1 for cells in table.values()]
+    assert sum(counts) == len(np.load(CHECKPOINT).files)
+
+
+def test_description_names_what_is_unknown_and_what_is_not_used(tmp_path, capsys):
+    np.savez(tmp_path / "a.npz", **dict(np.load(CHECKPOINT)), strange=np.zeros(3), t=np.zeros(1))
+    assert command.main(["--describe", str(tmp_path / "a.npz")]) == 0
+    rows = {line.split()[0]: line.split()[-1] for line in capsys.readouterr().out.splitlines() if line}
+    assert rows["strange"] == "unknown"
+    assert rows["t"] == "unused"
+    np.savez(tmp_path / "b.npz", strange=np.zeros((2, 3)))
+    assert command.main(["--describe", str(tmp_path / "b.npz")]) == 2
+    printed = capsys.readouterr()
+    assert printed.out.split() == ["strange", "float64", "[2,", "3]"]
+    assert "is of no known family" in printed.err
+
+
+def test_time_and_memory_are_measured(capsys, monkeypatch):
+    from vit_flax.convert import measure
+
+    loads = []
+    monkeypatch.setattr(measure, "load_pretrained", lambda *a, **k: loads.append(a) or load_pretrained(*a, **k))
+    assert command.main(["--describe", str(CHECKPOINT), "--time"]) == 0
+    printed = capsys.readouterr().out
+    assert len(loads) == 8  # seven turns against NumPy, one for the memory
+    assert "1 file(s), 0.1 MiB; median of 7 turns" in printed
+    assert "ratio" in printed
+    assert "peak memory above the idle process" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.npz", "OUT", "--to", "npz"], "error: nowhere.npz: there is no such file or folder"),
+        (
+            [str(NO_CLASS_TOKEN), "OUT", "--to", "google"],
+            "google: it would not be recognised as one\nNothing was written",
+        ),
+        ([str(CHECKPOINT), "tests", "--to", "npz"], "tests exists and is not empty"),
+        ([str(CHECKPOINT), "OUT", "--to", "npz", "--family", "x"], "Unknown family 'x'"),
+    ],
+)
+def test_mistakes_end_with_a_message_and_write_nothing(arguments, message, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert command.main([str(out) if a == "OUT" else a for a in arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_command_line_without_a_task():
+    done = subprocess.run(
+        [sys.executable, "-m", "vit_flax.convert", str(CHECKPOINT)], cwd=ROOT, text=True, capture_output=True
+    )
+    assert done.returncode == 2
+    assert "give IN OUT --to FORMAT, or --describe IN, or --parity" in done.stderr
+    assert "Traceback" not in done.stderr

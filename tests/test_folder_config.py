@@ -1,0 +1,58 @@
+"""`configs/folder.py`, the config for a folder of one's own pictures."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import folder
+from vit_flax import train
+from vit_flax.config import ConfigError
+from vit_flax.job import build
+
+
+def fill(root, classes, num_pictures):
+    rng = np.random.default_rng(0)
+    for name in classes:
+        (root / name).mkdir(parents=True)
+        for i in range(num_pictures):
+            Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).save(root / name / f"{i}.jpg")
+    return root
+
+
+def shrunk(root):
+    """The config with a model and images that compile in a second."""
+    config = folder.get_config(str(root))
+    del config.model["variant"]
+    config.model.update(dict(patch_size=16, width=8, depth=1, mlp_dim=16, num_heads=2))
+    config.data.update(dict(batch_size=8, eval_batch_size=8, num_threads=1))
+    for op in (*config.data.train_transforms, *config.data.eval_transforms):
+        if "size_px" in op:
+            op["size_px"] = 32
+    config.run.update(dict(total_epochs=1.0, log_every_steps=1))
+    config.optim.warmup_epochs = 0.0
+    return config
+
+
+@pytest.mark.parametrize(
+    ("layout", "eval_split"), [(["."], "val"), (["train", "val"], "val"), (["train", "test"], "test")]
+)
+def test_the_layouts_of_a_folder(tmp_path, layout, eval_split):
+    for split in layout:
+        fill(tmp_path / split, ["cat", "dog", "emu"], 30)
+    (tmp_path / layout[0] / ".cache").mkdir()
+    config = folder.get_config(str(tmp_path))
+    assert (config.model.num_classes, config.data.eval_split) == (3, eval_split)
+    job = build(shrunk(tmp_path))
+    assert job.data.class_names == ("cat", "dog", "emu")
+    assert job.data.image_shape == (32, 32, 3)
+
+
+def test_trains_and_evaluates(tmp_path):
+    _, results = train(shrunk(fill(tmp_path / "pictures", ["cat", "dog"], 40)), tmp_path / "run")
+    assert results["val/count"] == len(build(shrunk(tmp_path / "pictures")).data.eval_source) > 0
+    assert np.isfinite(results["train/loss"])
+
+
+def test_a_folder_that_is_not_there():
+    with pytest.raises(ConfigError, match="/nowhere, found nothing"):
+        build(folder.get_config("/nowhere"))

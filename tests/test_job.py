@@ -1,0 +1,217 @@
+"""That what a config says reaches the step, the log and the evaluations."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers import csv_rows, metrics_lines, tiny_config
+from vit_flax import job as job_module
+from vit_flax import train_log
+from vit_flax.config import ConfigError
+from vit_flax.job import build
+from vit_flax.optim import eval_params
+from vit_flax.signals import StopSignal
+from vit_flax.trainer import evaluate, train
+
+
+def steps_of(config, count=1):
+    """The state before, the state after so many steps, and the metrics of the last."""
+    job = build(config)
+    places = jax.tree.map(lambda x: x.sharding, job.abstract_state())
+    first = jax.jit(job.init, out_shardings=places)()
+    state, step, batches = jax.tree.map(jnp.copy, first), job.train_step(), job.train_batches(0)
+    for _ in range(count):
+        state, metrics = step(state, next(batches))
+    return first, state, metrics
+
+
+def quiet(**overrides):
+    """No augmentation, no dropping: the step depends on the batch alone."""
+    config = tiny_config(model__drop_path=0.0, optim__warmup_steps=0, **overrides)
+    config.augment = dict(mean=(0.5,), std=(0.5,), mixup_alpha=0.0, cutmix_alpha=0.0)
+    return config
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
+    config = tiny_config(model__dtype="bfloat16")
+    _, state, metrics = steps_of(config, count=3)
+    assert {x.dtype.name for x in jax.tree.leaves(state.params)} == {"float32"}
+    assert np.isfinite(float(metrics["loss"]))
+    job = build(config)
+    images = jnp.zeros((1, *job.data.image_shape))
+    logits, out = job.model.apply({"params": state.params}, images, train=False)
+    assert logits.dtype == jnp.float32
+    assert out["tokens"].dtype == jnp.bfloat16
+    batch = {"image": np.zeros((64, 8, 8, 1), np.uint8), "label": np.zeros(64, np.int32), "mask": np.ones(64, bool)}
+    assert "bf16" in job.train_step().lower(job.abstract_state(), batch).as_text()
+    assert "bf16" not in build(tiny_config()).train_step().lower(job.abstract_state(), batch).as_text()
+    _, exact, _ = steps_of(tiny_config(), count=3)
+    close = [np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, jax.device_get((state.params, exact.params))))]
+    assert 0 < max(close) < 0.02
+
+
+def test_accumulated_equals_one_large_batch():
+    config = quiet(optim__clip_norm=0.0)
+    config.optim.update(dict(name="sgd", lr=0.5))
+    first, whole, one = steps_of(config)
+    config.run.accumulate_steps = 4
+    _, parts, four = steps_of(config)
+    moved = [float(jnp.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (first.params, whole.params)))]
+    apart = [float(jnp.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (parts.params, whole.params)))]
+    assert max(moved) > 1e-3
+    assert max(apart) < 1e-6
+    assert float(four["loss"]) == pytest.approx(float(one["loss"]), rel=1e-6)
+    assert float(four["grad_norm"]) == pytest.approx(float(one["grad_norm"]), rel=1e-5)
+
+
+def test_clipping_limits_the_update():
+    config = quiet()
+    config.optim.update(dict(name="sgd", lr=1.0, weight_decay=0.0, clip_norm=0.01, momentum=0.0))
+    _, _, clipped = steps_of(config)
+    assert float(clipped["grad_norm"]) > 0.02
+    assert float(clipped["update_norm"]) == pytest.approx(0.01, rel=1e-4)
+    config.optim.clip_norm = 0.0
+    _, _, free = steps_of(config)
+    assert float(free["update_norm"]) == pytest.approx(float(free["grad_norm"]), rel=1e-4)
+
+
+@pytest.mark.parametrize(("warmup", "kept"), [(True, 0.1), (False, 0.9)])
+def test_average_with_and_without_warmup(warmup, kept):
+    first, after, _ = steps_of(quiet(run__ema_decay=0.9, run__ema_warmup=warmup))
+    expected = jax.tree.map(lambda old, new: kept * old + (1 - kept) * new, first.params, after.params)
+    for got, want in zip(*map(jax.tree.leaves, (after.ema, expected))):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_norms_per_layer_add_up(scan):
+    _, _, metrics = steps_of(quiet(run__log_layer_norms=True, model__scan=scan))
+    for name in ("grad_norm", "update_norm"):
+        parts = {k: float(v) for k, v in metrics.items() if k.startswith(f"{name}/")}
+        assert parts.keys() >= {f"{name}/{part}" for part in ("block_0", "block_1", "head", "patch_embed")}
+        assert np.sqrt(sum(v**2 for v in parts.values())) == pytest.approx(float(metrics[name]), rel=1e-5)
+    _, _, off = steps_of(quiet())
+    assert not any("/" in name for name in off)
+
+
+def test_learning_rates_are_those_of_the_optimiser():
+    config = quiet()
+    config.optim.update(dict(name="sgd", lr=1.0, weight_decay=0.0, clip_norm=0.0, momentum=0.0, warmup_steps=2))
+    rates = build(config).learning_rates()
+    assert len(rates) == 10
+    assert rates[:3].tolist() == [0.0, 0.5, 1.0]
+    _, _, metrics = steps_of(config, count=2)
+    assert float(metrics["update_norm"]) == pytest.approx(0.5 * float(metrics["grad_norm"]), rel=1e-4)
+
+
+def schedule_free():
+    config = quiet(run__total_steps=4, run__log_every_steps=2)
+    config.optim = dict(name="schedule_free", lr=0.05, weight_decay=0.0, schedule="constant")
+    config.evals.test.every_steps = 0
+    return config
+
+
+def test_schedule_free_is_evaluated_at_its_average(tmp_path):
+    config = schedule_free()
+    state, results = train(config, tmp_path)
+    job = build(config)
+    found = {}
+    with job.writer(None, start_step=0) as writer:
+        (hook,) = job.evaluations(writer, None, found, StopSignal()).values()
+        hook(4, state.replace(opt_state=None))
+        at_parameters = found["test/loss"]
+        hook(4, state.replace(opt_state=None, params=eval_params(state.opt_state, state.params)))
+    assert results["test/loss"] == pytest.approx(found["test/loss"], rel=1e-6)
+    assert results["test/loss"] != pytest.approx(at_parameters, rel=1e-3)
+    assert evaluate(config, tmp_path)["test/loss"] == results["test/loss"]
+
+
+class Killed(Exception):
+    pass
+
+
+def test_metrics_and_tables_of_a_resumed_run(tmp_path, monkeypatch):
+    """Intervals of 3 and checkpoints every 4 steps: the run is cut in the middle of both."""
+    config = tiny_config(run__log_every_steps=3, run__log_layer_norms=True)
+    train(config, tmp_path / "whole")
+    real = train_log.TrainLog.__call__
+
+    def cut(self, step, *rest):
+        real(self, step, *rest)
+        if step == 7:
+            raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train_log.TrainLog, "__call__", cut)
+        patched.setattr(job_module.Checkpoints, "save", keep_until(5, job_module.Checkpoints.save))
+        with pytest.raises(Killed):
+            train(config, tmp_path / "cut")
+    lines = metrics_lines(tmp_path / "cut")
+    assert json.loads(lines[-1])["step"] == 6
+    train(config, tmp_path / "cut")
+    assert metrics_lines(tmp_path / "cut") == metrics_lines(tmp_path / "whole")
+    assert csv_rows(tmp_path / "cut", "test") == csv_rows(tmp_path / "whole", "test")
+    rows = csv_rows(tmp_path / "cut", "train")
+    assert rows == csv_rows(tmp_path / "whole", "train")
+    assert [row["step"] for row in rows] == ["3", "6", "9", "10"]
+    assert {"loss", "lr", "grad_norm/block_1"} <= rows[0].keys()
+
+
+def keep_until(last, save):
+    """A kill leaves no checkpoint of its own step behind; an exception, which stands in for it here, would."""
+
+    def kept(self, step, *arguments, **named):
+        return step <= last and save(self, step, *arguments, **named)
+
+    return kept
+
+
+def test_a_run_leaves_report_pictures_facts_and_trace(tmp_path):
+    config = tiny_config(run__profile_steps=(2, 3), run__peak_tflops=1e-3, run__total_steps=4)
+    config.checkpoint = dict(every_secs=1e6)
+    config.evals = dict(test=dict(type="classification", every_secs=1e6))
+    _, results = train(config, tmp_path)
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    assert facts["peak_flops"] == 1e9
+    assert facts["num_params"] == sum(x.size for x in jax.tree.leaves(build(config).abstract_state().params))
+    rate = results["train/images_per_sec"] * facts["train_flops_per_image"]
+    assert results["train/mfu_percent"] == pytest.approx(100 * rate / (1e9 * jax.device_count()))
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    assert (tmp_path / "pictures/train/batch.png").exists()
+    assert (tmp_path / "pictures/test/confusion.png").exists()
+    details = json.loads((tmp_path / "evals/test.json").read_text())
+    assert np.trace(details["confusion"]) == round(results["test/top1"] * 359)
+    assert details["samples"][0]["id"]
+    page = (tmp_path / "report.html").read_text()
+    assert "Finished: step 4 of 4" in page
+    assert "from run.peak_tflops" in page
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.run.update(dict(peak_tflops="fast")), r"run: peak_tflops='fast': expected 'known', 'measured'"),
+        (lambda c: c.run.update(dict(profile_steps=(1, 3))), r"run: profile_steps=\(1, 3\): expected"),
+        (lambda c: c.run.update(dict(profile_steps=(3, 11))), "<= 10"),
+        (lambda c: c.run.update(dict(log_every_steps=0)), "must be at least 1"),
+        (lambda c: c.evals.test.update(dict(every_secs=3.0)), r"unknown key evals\.test\.every_steps"),
+        (lambda c: c.evals.update(dict(test=dict(type="classification"))), r"missing key evals\.test\.every_steps"),
+        (lambda c: c.checkpoint.update(dict(every_steps=-4)), "checkpoint: .* cannot be negative"),
+        (lambda c: c.evals.test.update(dict(type="regression")), r"evals\.test\.type='regression' is unknown"),
+    ],
+)
+def test_bad_settings_are_named_before_anything_starts(change, message):
+    config = tiny_config()
+    with config.unlocked():
+        change(config)
+    with pytest.raises(ConfigError, match=message):
+        build(config)
+
+
+def test_objective_is_a_mean_of_float32_logits():
+    """A loss in bfloat16 would be coarse: the metrics of a bfloat16 model are float32."""
+    _, _, metrics = steps_of(tiny_config(model__dtype="bfloat16"))
+    assert {v.dtype.name for k, v in metrics.items() if not k.startswith("skipped")} == {"float32"}

@@ -1,0 +1,137 @@
+"""Classes of pictures, from the command line: the same numbers as the evaluation of the run gives."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.helpers import tiny_config
+from vit_flax import predict
+from vit_flax.augment import normalize
+from vit_flax.convert.workdir import preprocess_of
+from vit_flax.data.digits import read_digits
+from vit_flax.data.transforms import make_transform
+from vit_flax.job import build
+from vit_flax.trainer import train
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run on the digits, its config, its final state, and a folder of digits as files."""
+    folder = tmp_path_factory.mktemp("predict")
+    config = tiny_config(run__total_steps=10, optim__lr=1e-2)
+    state, _ = train(config, folder / "run")
+    (folder / "pictures" / "deep").mkdir(parents=True)
+    for i, pixels in enumerate(read_digits()[0][:5]):
+        Image.fromarray(pixels).save(folder / "pictures" / ("deep" if i % 2 else ".") / f"{i}.png")
+    return folder, config, state
+
+
+def lines(capsys):
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_probabilities_are_those_of_the_run(run, capsys):
+    folder, config, state = run
+    arguments = ["--checkpoint", str(folder / "run"), str(folder / "pictures"), "--json", "--batch_size", "2"]
+    assert predict.main([*arguments, "--top", "10"]) == 0
+    found = lines(capsys)
+    pictures = folder / "pictures"
+    order = [
+        pictures / "0.png",
+        pictures / "2.png",
+        pictures / "4.png",
+        pictures / "deep/1.png",
+        pictures / "deep/3.png",
+    ]
+    assert [row["image"] for row in found] == list(map(str, order))
+
+    def probabilities(params, images):
+        images = normalize(images, mean=(0.5,), std=(0.5,))
+        return jax.nn.softmax(build(config).model.apply({"params": params}, images, train=False)[0])
+
+    images = np.stack([np.asarray(Image.open(path))[:, :, None] for path in order])
+    expected = np.asarray(jax.jit(probabilities)(state.params, jax.numpy.asarray(images)))
+    for row, theirs in zip(found, expected, strict=True):
+        ours = np.zeros(10)
+        for best in row["top"]:
+            ours[best["index"]] = best["probability"]
+            assert best["class"] == str(best["index"])
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+        assert [best["probability"] for best in row["top"]] == sorted(ours, reverse=True)
+
+
+def test_what_cannot_be_read_is_said_and_the_rest_is_classified(run, capsys, tmp_path):
+    folder, _, _ = run
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no picture")
+    good = folder / "pictures" / "0.png"
+    code = predict.main(["--checkpoint", str(folder / "run"), str(bad), str(good), "--top", "2"])
+    printed = capsys.readouterr()
+    assert code == 1
+    assert f"cannot decode '{bad}': not an image" in printed.err
+    assert printed.out.startswith(f"{good}  0.")
+    assert len(printed.out.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--checkpoint", "nowhere", "README.md"], "nowhere: there is no such file or folder"),
+        (["--checkpoint", "tests/golden/vit_jax_prelinen.ckpt.npz", "nowhere.jpg"], "nowhere.jpg: there is no such"),
+        (["--checkpoint", "tests/golden/vit_jax_prelinen.ckpt.npz", "docs"], "docs: the folder holds no picture"),
+        (["--checkpoint", "tests/golden/big_vision_map_siglip.ckpt.npz", "README.md"], "has no head"),
+        (["--checkpoint", "hf://a/b/c", "README.md", "--preprocess", "{"], "hf://a/b/c: "),
+    ],
+)
+def test_mistakes_end_with_a_message(arguments, message, capsys, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    assert predict.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_preparation_that_the_checkpoint_does_not_know_can_be_given(run, capsys, tmp_path):
+    from vit_flax import load_pretrained, save_pretrained
+
+    folder, _, _ = run
+    loaded = load_pretrained(folder / "run")
+    save_pretrained(tmp_path / "bare", loaded.model, loaded.params, family="vit_flax")
+    arguments = ["--checkpoint", str(tmp_path / "bare"), str(folder / "pictures" / "0.png"), "--json"]
+    assert predict.main(arguments) == 2
+    assert '--preprocess \'{"image_size"' in capsys.readouterr().err
+    same = json.dumps(loaded.preprocess.to_dict())
+    assert predict.main([*arguments, "--preprocess", same]) == 0
+    bare = lines(capsys)
+    assert predict.main(["--checkpoint", str(folder / "run"), *arguments[2:]]) == 0
+    assert bare[0]["top"] == lines(capsys)[0]["top"]
+    assert predict.main([*arguments, "--preprocess", '{"size": 3}']) == 2
+    assert "--preprocess: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("filter", "antialias"), [("bilinear", True), ("bilinear", False), ("bicubic", True)])
+@pytest.mark.parametrize("crop", [True, False])
+def test_pictures_are_prepared_as_in_the_evaluation_of_the_run(filter, antialias, crop):
+    how = dict(filter=filter, antialias=antialias)
+    if crop:
+        ops = [dict(op="resize_small", size_px=40, **how), dict(op="central_crop", size_px=32)]
+    else:
+        ops = [dict(op="resize", size_px=(32, 48), **how)]
+    size = (32, 32) if crop else (32, 48)
+    transforms = [dict(op="decode"), *ops]
+    preprocess = preprocess_of(dict(image_shape=[*size, 3], transforms=transforms, mean=[0.5], std=[0.25]))
+    assert preprocess is not None
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8))
+    picture = np.asarray(coarse.resize((120, 90), Image.Resampling.BICUBIC))
+    theirs = make_transform(transforms)({"image": picture, "id": "x"})["image"]
+    ours = (preprocess(picture) * 0.25 + 0.5) * 255
+    assert ours.shape == theirs.shape
+    assert abs(ours - theirs).max() < 2.5  # Pillow rounds to whole levels between the two axes
+    assert abs(ours - theirs).mean() < 0.5
+
+
+def test_more_than_a_resize_and_a_crop_is_not_guessed():
+    ops = [dict(op="decode"), dict(op="resize", size_px=8), dict(op="flip")]
+    assert preprocess_of(dict(image_shape=[8, 8, 3], transforms=ops, mean=[0.0], std=[1.0])) is None

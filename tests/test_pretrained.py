@@ -1,0 +1,206 @@
+"""`load_pretrained` beyond parity: what the caller may change, what is refused and how it says so."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import load_file, save_file
+
+from vit_flax import Pretrained, load_pretrained, save_pretrained
+
+GOLDEN = Path(__file__).parent / "golden"
+CHECKPOINT = GOLDEN / "vit_jax_prelinen.ckpt.npz"  # B/8 of width 32 and depth 3 for images of 32x32, 5 classes
+
+
+def flat(params):
+    return flatten_dict(params, sep="/")
+
+
+@pytest.fixture(scope="module")
+def pretrained() -> Pretrained:
+    return load_pretrained(CHECKPOINT)
+
+
+@pytest.fixture
+def own(pretrained, tmp_path):
+    """The same in our own format, to be damaged."""
+    save_pretrained(tmp_path / "own", pretrained.model, pretrained.params, family="vit_flax")
+    return tmp_path / "own"
+
+
+def changed(change, path=CHECKPOINT, tmp=None):
+    """The checkpoint with its tensors changed."""
+    weights = dict(np.load(path))
+    change(weights)
+    np.savez(tmp / "changed.npz", **weights)
+    return tmp / "changed.npz"
+
+
+def test_report_accounts_for_everything(pretrained):
+    assert set(pretrained.report.loaded) == set(flat(pretrained.params))
+    assert not pretrained.report.unused
+    assert str(pretrained.report) == f"{CHECKPOINT}: google, 25 parameters loaded"
+
+
+def test_new_head_image_size_patch_size_and_channels():
+    new = load_pretrained(CHECKPOINT, num_classes=7, image_size=(64, 32), patch_size=16, channels=1)
+    params = flat(new.params)
+    assert params["head/kernel"].shape == (32, 7)
+    assert params["posemb/table"].shape == (1, 8, 32)
+    assert params["patch_embed/kernel"].shape == (256, 32)
+    assert new.preprocess.image_size == (64, 32)
+    assert len(new.preprocess.mean) == 1
+    text = str(new.report)
+    assert "resampled      patch_embed/kernel [192, 32] -> [256, 32]: bilinear_antialias, 3 -> 1 channels" in text
+    assert "resampled      posemb/table [1, 16, 32] -> [1, 8, 32]: bilinear_align_corners" in text
+    assert "reinitialised  head/kernel [32, 7]: new head" in text
+    run = jax.jit(lambda params, images: new.model.apply({"params": params}, images, train=False)[0])
+    logits = run(new.params, jnp.zeros((1, 64, 32, 1)))
+    assert logits.shape == (1, 7)
+
+
+def test_no_head_gives_features():
+    new = load_pretrained(CHECKPOINT, num_classes=0)
+    assert new.model.num_classes is None
+    assert "head/kernel" not in flat(new.params)
+    assert new.report.unused["head/kernel"] == ("replaced with the head", (32, 5))
+
+
+def test_new_head_of_the_same_size_on_request(pretrained):
+    same = load_pretrained(CHECKPOINT, num_classes=5)
+    np.testing.assert_array_equal(same.params["head"]["kernel"], pretrained.params["head"]["kernel"])
+    new = load_pretrained(CHECKPOINT, num_classes=5, new_head=True)
+    assert not new.params["head"]["kernel"].any()
+    assert new.report.reinitialised["head/kernel"] == ("new head", (32, 5))
+
+
+@pytest.mark.parametrize("pattern", ["^embedding/bias$", "^patch_embed/bias$"])
+def test_ignore_leaves_out_what_either_side_is_called(pattern, pretrained):
+    new = load_pretrained(CHECKPOINT, ignore=[pattern])
+    assert pretrained.params["patch_embed"]["bias"].any()
+    assert not new.params["patch_embed"]["bias"].any()
+    assert new.report.unused == {"embedding/bias": ("excused by ignore", (32,))}
+    assert new.report.missing == {"patch_embed/bias": (32,)}
+    assert len(new.report.loaded) == len(pretrained.report.loaded) - 1
+
+
+def test_image_size_that_the_patch_does_not_divide():
+    with pytest.raises(ValueError, match=r"image_size=\(30, 32\): the patch size \(8, 8\) does not divide it"):
+        load_pretrained(CHECKPOINT, image_size=(30, 32))
+
+
+def test_unknown_and_wrong_families(tmp_path):
+    with pytest.raises(ValueError, match=r"Unknown family 'gogle': expected one of google, big_vision"):
+        load_pretrained(CHECKPOINT, family="gogle")
+    with pytest.raises(
+        ValueError, match=r"prelinen\.ckpt\.npz does not look like family='big_vision'.*looks like google"
+    ):
+        load_pretrained(CHECKPOINT, family="big_vision")
+    np.savez(tmp_path / "strange.npz", weight=np.zeros(3))
+    with pytest.raises(ValueError, match=r"strange\.npz is of no known family: its 1 tensors begin with \['weight'\]"):
+        load_pretrained(tmp_path / "strange.npz")
+
+
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [
+        ("text_model.encoder.layers.0.mlp.fc1.weight", "a text tower without an image tower"),
+        ("txt/Encoder_0/encoder_norm/scale", "a text tower without an image tower"),
+        ("blocks.0.attn.relative_position_bias_table", "a BEiT or Swin model"),
+        ("conv_root/kernel", "a hybrid: its patches come from a ResNet"),
+    ],
+)
+def test_what_is_out_of_scope_is_named(key, what, tmp_path):
+    save_file({key: np.zeros((2, 2), np.float32)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=rf"a\.safetensors looks like {what}.*'{key.partition('.')[0]}"):
+        load_pretrained(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_none(value, tmp_path):
+    def damage(weights):
+        weights["Transformer/encoderblock_1/MlpBlock_3/Dense_0/kernel"][3, 5] = value
+
+    key = "Transformer/encoderblock_1/MlpBlock_3/Dense_0/kernel"
+    with pytest.raises(ValueError, match=rf"changed\.npz: '{key}' holds 1 values that are NaN or infinite.*older"):
+        load_pretrained(changed(damage, tmp=tmp_path))
+
+
+def test_extreme_but_finite_numbers_are_loaded(tmp_path):
+    def enlarge(weights):
+        weights["head/kernel"][:] = 3e38  # their sum is infinite
+
+    assert load_pretrained(changed(enlarge, tmp=tmp_path)).params["head"]["kernel"].max() > 1e38
+
+
+def test_shapes_that_disagree_with_the_configuration(own):
+    config = json.loads((own / "config.json").read_text())
+    config["model"] |= {"width": 64, "mlp_dim": 128}
+    (own / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=r"(?s)own: shapes disagree.*blocks/mlp/fc1/kernel: float32 \[3, 32, 64\] in the"
+    ):
+        load_pretrained(own)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("channels"), "KeyError: 'channels'"),
+        (lambda c: c["model"].update(widht=3), "unexpected keyword argument 'widht'"),
+        (lambda c: c["model"].update(pool="avg"), r"model\.pool='avg' is unknown"),
+        (lambda c: c["model"].update(mlp_dim=2.5), "describes no vit_flax model"),
+        (lambda c: c.update(model=None), "describes no vit_flax model"),
+    ],
+)
+def test_configuration_that_makes_no_model(change, message, own):
+    config = json.loads((own / "config.json").read_text())
+    change(config)
+    (own / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"(?s)own: .*{message}"):
+        load_pretrained(own)
+
+
+def test_tensors_without_parameters_and_the_reverse(tmp_path):
+    def rename(weights):
+        weights["Transformer/encoder_norm/scales"] = weights.pop("Transformer/encoder_norm/scale")
+
+    with pytest.raises(ValueError, match="1 tensors of the file have no place") as error:
+        load_pretrained(changed(rename, tmp=tmp_path))
+    text = str(error.value)
+    assert "+ in the file only:  Transformer/encoder_norm/scales [32] (nearest: Transformer/encoder_norm/scale)" in text
+    assert "- in the model only: norm/scale [32], looked for as Transformer/encoder_norm/scale (nearest:" in text
+    # What the message proposes works.
+    patterns = text.partition("ignore=")[2]
+    new = load_pretrained(tmp_path / "changed.npz", ignore=eval(patterns))
+    assert new.report.missing == {"norm/scale": (32,)}
+    assert (new.params["norm"]["scale"] == 1).all()
+
+
+def test_integers_are_no_weights(own):
+    weights = load_file(own / "model.safetensors")
+    weights["norm/bias"] = weights["norm/bias"].astype(np.int32)
+    save_file(weights, own / "model.safetensors")
+    with pytest.raises(ValueError, match=r"norm/bias: int32 \[32\] in the file, and norm/bias needs \[32\]"):
+        load_pretrained(own)
+
+
+def test_nothing_is_fetched_unless_an_address_was_given(monkeypatch):
+    import socket
+
+    def refuse(*arguments, **keywords):
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    load_pretrained(CHECKPOINT)
+
+
+def test_fields_change_how_and_not_what(pretrained):
+    fast = load_pretrained(CHECKPOINT, fields={"dtype": "bfloat16", "remat": "full"})
+    assert fast.model.dtype == "bfloat16"
+    jax.tree.map(np.testing.assert_array_equal, fast.params, pretrained.params)

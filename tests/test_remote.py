@@ -1,0 +1,97 @@
+"""Remote addresses, with an in-memory file system and a stand-in for the hub; nothing here touches a network."""
+
+import gc
+import sys
+import types
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+
+from vit_flax import load_pretrained, save_pretrained
+from vit_flax.convert import remote
+
+CHECKPOINT = Path(__file__).parent / "golden" / "vit_jax_prelinen.ckpt.npz"
+
+
+def put(path, *, at):
+    files = fsspec.filesystem("memory")
+    files.makedirs(at, exist_ok=True)
+    for file in path.iterdir() if path.is_dir() else [path]:
+        files.pipe_file(f"{at}/{file.name}", file.read_bytes())
+
+
+def test_file_and_folder_are_fetched_loaded_and_removed(tmp_path):
+    put(CHECKPOINT, at="/bucket")
+    local = load_pretrained(CHECKPOINT)
+    one = load_pretrained("memory://bucket/vit_jax_prelinen.ckpt.npz")
+    np.testing.assert_array_equal(one.params["head"]["kernel"], local.params["head"]["kernel"])
+    assert one.report.path == "memory://bucket/vit_jax_prelinen.ckpt.npz"
+
+    save_pretrained(tmp_path / "own", local.model, local.params, family="vit_flax")
+    (tmp_path / "own" / "optimizer.bin").write_bytes(b"large")
+    put(tmp_path / "own", at="/bucket/own")
+    fetched = remote.fetch("memory://bucket/own")
+    assert sorted(file.name for file in Path(fetched.path).iterdir()) == ["config.json", "model.safetensors"]
+    where = Path(fetched.path)
+    assert load_pretrained("memory://bucket/own").report.family == "vit_flax"
+    del fetched
+    gc.collect()
+    assert not where.parent.exists()
+
+
+def test_nothing_at_the_address():
+    with pytest.raises(FileNotFoundError, match="memory://bucket/none: there is no such file or folder"):
+        load_pretrained("memory://bucket/none")
+
+
+def test_hub_addresses_name_repository_revision_and_file(monkeypatch, tmp_path):
+    calls = []
+
+    def record(answer):
+        return lambda repository, *file, **arguments: calls.append((repository, *file, arguments)) or str(answer)
+
+    save_pretrained(tmp_path / "own", *_model(), family="vit_flax")
+    hub = types.SimpleNamespace(
+        snapshot_download=record(tmp_path / "own"), hf_hub_download=record(tmp_path / "own" / "model.safetensors")
+    )
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    assert load_pretrained("hf://owner/name").report.path == "hf://owner/name"
+    remote.fetch("hf://owner/name@v2/sub/a.safetensors")
+    patterns = {"revision": None, "allow_patterns": ["*.json", "*.safetensors", "*.npz"]}
+    assert calls == [("owner/name", patterns), ("owner/name", "sub/a.safetensors", {"revision": "v2"})]
+
+
+def _model():
+    loaded = load_pretrained(CHECKPOINT)
+    return loaded.model, loaded.params
+
+
+@pytest.mark.parametrize(
+    ("address", "package"), [("hf://owner/name", "huggingface_hub"), ("gs://bucket/file.npz", "fsspec")]
+)
+def test_package_that_is_missing_is_named(address, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModuleNotFoundError, match=f"{address}: needs the package {package}: pip install {package}"):
+        load_pretrained(address)
+
+
+def test_file_system_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(ModuleNotFoundError, match=r"gs://bucket/file\.npz: .*gcsfs"):
+        load_pretrained("gs://bucket/file.npz")
+    with pytest.raises(OSError, match=r"nope://x: could not be fetched .*nope"):
+        load_pretrained("nope://x")
+
+
+def test_what_the_hub_refuses_is_an_error_with_the_address(monkeypatch):
+    class Gated(Exception):
+        pass
+
+    def refuse(*_, **__):
+        raise Gated("401: access to this repository is restricted.\nmore")
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=refuse))
+    with pytest.raises(OSError, match=r"hf://a/b: could not be fetched \(Gated: 401: access to this .* restricted\.\)"):
+        load_pretrained("hf://a/b")

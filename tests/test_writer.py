@@ -1,0 +1,84 @@
+import pytest
+
+from tests.test_train_log import Collected
+from vit_flax import writer as writer_module
+from vit_flax.writer import Writer, print_results
+
+
+def make(sinks):
+    return Writer(None, {name: (lambda sink=sink: sink) for name, sink in sinks.items()}, start_step=0, total_steps=9)
+
+
+def test_every_sink_gets_everything(tmp_path):
+    a, b = Collected(), Collected()
+    with make({"a": a, "b": b}) as writer:
+        writer.write(3, {"x": 1.0, "y": float("nan"), "z": float("inf")})
+        writer.finish({"x": 1.0, "y": float("nan")})
+    assert a.lines == b.lines == [{"step": 3, "x": 1.0, "y": None, "z": None}, {"x": 1.0}, "closed"]
+
+
+class Broken(Collected):
+    def scalars(self, step, values):
+        raise ConnectionError("the server is away")
+
+    def close(self):
+        raise ConnectionError("still away")
+
+
+def test_a_server_that_fails_does_not_end_the_run(capsys):
+    files, server = Collected(), Broken()
+    with make({"mlflow": server, "files": files}) as writer:
+        writer.write(1, {"x": 1.0})
+        writer.write(2, {"x": 2.0})
+    assert [line["step"] for line in files.lines[:-1]] == [1, 2]
+    said = capsys.readouterr().out
+    assert said.count("mlflow failed and gets nothing more from this run (ConnectionError: the server is away).") == 1
+
+
+def test_a_file_that_fails_does(capsys):
+    writer = make({"csv": Broken()})
+    with pytest.raises(ConnectionError):
+        writer.write(1, {"x": 1.0})
+
+
+def test_sinks_are_closed_when_another_cannot_be_opened():
+    opened = Collected()
+
+    def fail():
+        raise OSError("no such server")
+
+    with pytest.raises(OSError, match="no such server"):
+        Writer(None, {"a": lambda: opened, "b": fail}, start_step=0, total_steps=1)
+    assert opened.lines == ["closed"]
+
+
+def test_only_the_first_process_writes(monkeypatch, capsys):
+    monkeypatch.setattr(writer_module.jax, "process_index", lambda: 1)
+    sink = Collected()
+    with make({"a": sink}) as writer:
+        writer.write(1, {"x": 1.0})
+        writer.say("hello")
+        writer.progress(1, "there")
+    assert sink.lines == []
+    assert capsys.readouterr().out == ""
+
+
+def test_plain_console_gets_a_line_per_message(capsys):
+    with make({}) as writer:
+        writer.progress(4, "loss 1 [bold]not markup[/bold]")
+        writer.say("x" * 300)
+    assert capsys.readouterr().out.splitlines() == ["step 4/9 loss 1 [bold]not markup[/bold]", "x" * 300]
+
+
+def test_results_leave_out_layers_and_places_that_are_not_there(tmp_path, capsys):
+    (tmp_path / "there").mkdir()
+    with make({}) as writer:
+        results = {"test/top1": 0.5, "train/grad_norm/block_0": 1.0, "train/lr": 1e-5, "train/rate": 12345.0}
+        print_results(writer.console, results, {"a": tmp_path / "there", "b": tmp_path / "gone"})
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows == [
+        ["test/top1", "0.5000"],
+        ["train/lr", "1e-05"],
+        ["train/rate", "1.234e+04"],
+        ["a", str(tmp_path / "there")],
+    ]

@@ -1,0 +1,200 @@
+"""One case: a model, a batch and a way to run it, compiled; calling it runs it a number of times."""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vit_flax import sharding
+from vit_flax.losses import softmax_xent
+from vit_flax.models import ViT
+from vit_flax.models.flops import forward_flops
+from vit_flax.optim import make_optimizer
+from vit_flax.step import TrainState, classification, init_state, train_step
+
+MODES = ("forward", "train", "loop")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is measured.
+
+    Attributes:
+      variant: a name such as "S/16".
+      batch: images per step.
+      mode: "forward"; "train", the jitted step on a batch that lies on the device; or "loop", the step with uint8
+        batches that come from the host, one ahead, and metrics that are fetched one step late.
+      dtype: "float32" or "bfloat16".
+      attention: a key of `models.attend.IMPLEMENTATIONS`.
+      layers: "scan", "loop", or the number of blocks that one turn of the scan holds.
+      remat: a key of `models.vit.REMAT`.
+      image_px: side of the square image.
+      num_classes: of the head.
+      depth: number of blocks; None for the variant's own.
+      library: "vit_flax", or a key of `peers.PEERS`, for which attention, layers and remat mean nothing.
+    """
+
+    variant: str
+    batch: int
+    mode: str
+    dtype: str
+    attention: str = "auto"
+    layers: str = "scan"
+    remat: str = "none"
+    image_px: int = 224
+    num_classes: int = 1000
+    depth: int | None = None
+    library: str = "vit_flax"
+
+    @property
+    def name(self) -> str:
+        """What tells this case from the others, in one line."""
+        own = f" {self.attention} {self.layers} remat={self.remat}" if self.library == "vit_flax" else ""
+        depth = "" if self.depth is None else f" depth {self.depth}"
+        return f"{self.library} {self.variant}{depth} b{self.batch} {self.dtype} {self.mode}{own}"
+
+    def model(self) -> ViT:
+        """The model."""
+        fields: dict[str, Any] = {} if self.depth is None else {"depth": self.depth}
+        scan = self.layers != "loop"
+        return ViT.from_variant(
+            self.variant,
+            num_classes=self.num_classes,
+            dtype=self.dtype,
+            attention_impl=self.attention,
+            scan=scan,
+            scan_unroll=int(self.layers) if self.layers not in ("scan", "loop") else 1,
+            remat=self.remat,
+            **fields,
+        )
+
+    def flops(self) -> float:
+        """Floating-point operations per call, see `models.flops.forward_flops`; a training step counts as three."""
+        model = self.model()
+        assert isinstance(model.patch_size, int)
+        side = self.image_px // model.patch_size
+        return forward_flops(model, (side, side)) * self.batch * (1 if self.mode == "forward" else 3)
+
+
+class Ours:
+    """A compiled case of this project. `run(n)` does n steps and returns the seconds that they took."""
+
+    def __init__(self, case: Case):
+        since = time.perf_counter()
+        self._case, self._mesh = case, sharding.make_mesh(devices=jax.devices()[:1])
+        self.program, self._call = (_forward if case.mode == "forward" else _train)(case, self._mesh)
+        self.compile_seconds = time.perf_counter() - since
+
+    def run(self, steps: int) -> float:
+        """Does so many steps and waits for the last one."""
+        since = time.perf_counter()
+        self._call(steps)
+        return time.perf_counter() - since
+
+    def memory_bytes(self) -> int:
+        """Arguments, results and temporary buffers of the program; donated ones count once."""
+        return program_bytes(self.program)
+
+
+def program_bytes(program: Any) -> int:
+    """Memory of a compiled program while it runs."""
+    m = program.memory_analysis()
+    return m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
+
+
+def _pixels(case: Case, mesh: jax.sharding.Mesh) -> jax.Array:
+    rng = np.random.default_rng(0)
+    shape = (case.batch, case.image_px, case.image_px, 3)
+    return jax.device_put(rng.standard_normal(shape, np.float32), sharding.batch_sharding(mesh))
+
+
+def _host_batches(case: Case) -> Iterator[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    batches = [
+        {
+            "image": rng.integers(0, 256, (case.batch, case.image_px, case.image_px, 3), np.uint8),
+            "label": rng.integers(0, case.num_classes, case.batch, np.int32),
+            "mask": np.ones(case.batch, bool),
+        }
+        for _ in range(2)
+    ]
+    return itertools.cycle(batches)
+
+
+def _forward(case: Case, mesh: jax.sharding.Mesh) -> tuple[Any, Callable[[int], None]]:
+    model, x = case.model(), _pixels(case, mesh)
+    params = jax.jit(partial(model.init, train=False))(jax.random.key(0), x[:1])["params"]
+    program = compile_forward(case).lower(params, x).compile()
+
+    def call(steps: int) -> None:
+        for _ in range(steps):
+            y = program(params, x)
+        y.block_until_ready()
+
+    call(1)
+    return program, call
+
+
+def compile_forward(case: Case) -> Any:
+    """The jitted `(params, pixels) -> logits`."""
+    model = case.model()
+    return jax.jit(lambda params, x: model.apply({"params": params}, x, train=False)[0])
+
+
+def train_program(case: Case) -> tuple[Callable[[], TrainState], Any]:
+    """Makes the initial state, and the jitted step that consumes it: AdamW on softmax cross-entropy."""
+    model = case.model()
+    objective = partial(
+        classification,
+        apply=lambda variables, x, hparams, **kwargs: model.apply(variables, x, **kwargs),  # pyright: ignore
+        augment=lambda key, images, targets, hparams: (images.astype(jnp.float32) / 127.5 - 1.0, targets),
+        loss=lambda logits, targets, mask, hparams: softmax_xent(logits, targets, mask),
+        num_classes=case.num_classes,
+    )
+
+    def optimizer(hparams: dict) -> Any:
+        return make_optimizer(name="adamw", lr=1e-3, weight_decay=0.05, total_steps=10**6, clip_norm=1.0)
+
+    def init() -> TrainState:
+        image = jnp.zeros((1, case.image_px, case.image_px, 3))
+        return init_state(
+            jax.random.key(0),
+            init=lambda key: model.init(key, image, train=False)["params"],
+            optimizer=optimizer,
+            hparams={},
+        )
+
+    return init, jax.jit(partial(train_step, objective=objective, optimizer=optimizer), donate_argnums=0)
+
+
+def _train(case: Case, mesh: jax.sharding.Mesh) -> tuple[Any, Callable[[int], None]]:
+    init, step = train_program(case)
+    host = _host_batches(case)
+    put = partial(sharding.put_batch, mesh=mesh, global_batch_size=case.batch)
+    state, fixed = jax.jit(init)(), put(next(host))
+    program = step.lower(state, fixed).compile()
+
+    def call(steps: int) -> None:
+        nonlocal state
+        if case.mode == "train":
+            for _ in range(steps):
+                state, metrics = program(state, fixed)
+            jax.block_until_ready(state.step)
+            return
+        ahead, late = put(next(host)), None
+        for _ in range(steps):
+            batch, ahead = ahead, put(next(host))
+            state, metrics = program(state, batch)
+            if late is not None:
+                jax.device_get(late)
+            late = metrics
+        jax.device_get(late)
+
+    call(1)
+    return program, call

@@ -1,0 +1,142 @@
+"""Cases that take turns, and what the machine itself can do."""
+
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@runtime_checkable
+class Runner(Protocol):
+    """Something that can take its turn."""
+
+    def run(self, steps: int) -> float:
+        """Does so many steps; returns the seconds."""
+        ...
+
+
+def take_turns(runners: Mapping[str, Runner], *, rounds: int, min_seconds: float) -> dict[str, list[float]]:
+    """Seconds per step of each runner, one entry per round; in a round all take one turn.
+
+    A machine that slows down for a while hits all alike, so that ratios within a round hold where single times do not.
+
+    Args:
+      runners: by name.
+      rounds: number of turns of each.
+      min_seconds: a turn does as many steps as take at least so long.
+    """
+    steps = {}
+    for name, runner in runners.items():
+        once = min(runner.run(1), runner.run(1))
+        steps[name] = max(1, round(min_seconds / once))
+    seconds: dict[str, list[float]] = {name: [] for name in runners}
+    for _ in range(rounds):
+        for name, runner in runners.items():
+            seconds[name].append(runner.run(steps[name]) / steps[name])
+    return seconds
+
+
+def ratio(of: list[float], to: list[float]) -> float:
+    """Median of the ratios within the rounds."""
+    return statistics.median(a / b for a, b in zip(of, to))
+
+
+class Matmul:
+    """One matrix product with a float32 result, in random numbers: the machine's own rate."""
+
+    def __init__(self, m: int, k: int, n: int, dtype: str):
+        rng = np.random.default_rng(0)
+        a, b = (jnp.asarray(rng.standard_normal(shape, np.float32), dtype) for shape in ((m, k), (k, n)))
+        self.flops = 2.0 * m * k * n
+        program = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.float32)).lower(a, b).compile()
+        self._call = lambda: program(a, b)
+
+    def run(self, steps: int) -> float:
+        """See `Runner`."""
+        since = time.perf_counter()
+        for _ in range(steps):
+            y = self._call()
+        y.block_until_ready()
+        return time.perf_counter() - since
+
+
+def ceilings(dtypes: set[str], tokens: int, width: int, mlp_dim: int) -> dict[str, Matmul]:
+    """Matrix products to measure the machine by: a large square one, and the model's own largest shape."""
+    side = 1536 if jax.default_backend() == "cpu" else 8192
+    return {
+        f"{dtype} matmul {m}x{k}x{n}": Matmul(m, k, n, dtype)
+        for dtype in sorted(dtypes)
+        for m, k, n in ((side, side, side), (tokens, width, mlp_dim))
+    }
+
+
+# Dense peak in TFLOP/s with float32 accumulation, by a part of JAX's `device_kind`, from the makers' data sheets.
+DATA_SHEET: dict[str, dict[str, float]] = {
+    "H100": {"bfloat16": 989.4},
+    "H200": {"bfloat16": 989.4},
+    "A100": {"bfloat16": 312.0, "float32": 19.5},
+    "L40S": {"bfloat16": 362.0},
+    "L4": {"bfloat16": 121.0},
+    "RTX 4090": {"bfloat16": 165.2},
+    "TPU v4": {"bfloat16": 275.0},
+    "TPU v5 lite": {"bfloat16": 197.0},
+    "TPU v5": {"bfloat16": 459.0},
+    "TPU v6 lite": {"bfloat16": 918.0},
+}
+
+
+def data_sheet_gflops(dtype: str) -> float | None:
+    """The maker's figure for this device, or None where it is not in the table."""
+    kind = jax.devices()[0].device_kind
+    for name, peaks in DATA_SHEET.items():
+        if name in kind:
+            return peaks[dtype] * 1e3 if dtype in peaks else None
+    return None
+
+
+def peak_memory_bytes() -> int:
+    """The most that the device held since the start, or this process where the device is the host."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_memory_bytes() -> int:
+    """What a program may take: the device's limit, or nine tenths of the host's free memory."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        available = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+        return int(0.9 * int(available.split()[1]) * 1024)
+    return int(0.9 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    model = ""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else ""
+    device = jax.devices()[0]
+    # On the CPU the number of usable cores is that of the process, not of the machine.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "device": device.device_kind if device.platform != "cpu" else model or "cpu",
+        "backend": jax.default_backend(),
+        "cores": cores,
+        "load_average": round(os.getloadavg()[0], 1),
+        "jax": jax.__version__,
+    }

@@ -1,0 +1,123 @@
+"""Converts, describes and verifies checkpoints.
+
+python -m vit_flax.convert IN OUT --to hf              a folder that transformers opens; also timm, npz, vit_flax
+python -m vit_flax.convert --describe IN               what IN is; with --time also how fast it loads
+python -m vit_flax.convert --parity [--write docs/weights.md]
+                                                       runs the installed reference libraries and compares
+
+Exit status: 0 done, 1 a parity case failed, 2 an error with a message.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from vit_flax.convert.describe import describe, raw_table
+from vit_flax.convert.families import FAMILIES, GROUPS
+from vit_flax.convert.pretrained import load_pretrained, open_checkpoint
+from vit_flax.convert.save import save_pretrained
+from vit_flax.convert.source import open_source
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.parity:
+            from vit_flax.convert.parity import run
+
+            return run.parity(arguments)
+        if arguments.describe:
+            show(arguments)
+        elif arguments.checkpoint and arguments.out and arguments.to:
+            convert(arguments)
+        else:
+            parser.error("give IN OUT --to FORMAT, or --describe IN, or --parity (--help says more)")
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        if os.environ.get("VIT_FLAX_TRACEBACK"):
+            raise
+        print(f"error: {error}\n(VIT_FLAX_TRACEBACK=1 shows where.)", file=sys.stderr)
+        return 2
+    return 0
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    """Loads a checkpoint, prints the report, and writes it in another format."""
+    loaded = load_pretrained(
+        arguments.checkpoint,
+        family=arguments.family,
+        num_classes=arguments.num_classes,
+        image_size=arguments.image_size,
+        ignore=arguments.ignore,
+        patch_size=arguments.patch_size,
+        channels=arguments.channels,
+        posemb_resize=arguments.posemb_resize,
+    )
+    print(loaded.report)
+    path = save_pretrained(
+        arguments.out,
+        loaded.model,
+        loaded.params,
+        family=arguments.to,
+        class_names=loaded.class_names,
+        preprocess=loaded.preprocess,
+        posemb_resize=loaded.report.posemb_resize,
+    )
+    print(f"wrote {path} as {open_checkpoint(path).family.name}")
+
+
+def show(arguments: argparse.Namespace) -> None:
+    """Prints what a checkpoint is; where no family wants it, its tensors before the error."""
+    try:
+        opened = open_checkpoint(arguments.describe, family=arguments.family)
+    except ValueError:
+        print(raw_table(open_source(arguments.describe)))
+        raise
+    print(describe(opened))
+    if arguments.time:
+        from vit_flax.convert.measure import measure
+
+        print(measure(arguments.describe, family=arguments.family))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m vit_flax.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", nargs="?", metavar="IN", help="file, folder, workdir or address")
+    parser.add_argument("out", nargs="?", metavar="OUT", help="folder to create, or a name that ends in .npz")
+    parser.add_argument(
+        "--to", choices=[*GROUPS, *FAMILIES], metavar="FORMAT", help=f"{', '.join(GROUPS)}, or a family"
+    )
+    parser.add_argument("--describe", metavar="IN", help="say what IN is and convert nothing")
+    parser.add_argument("--time", action="store_true", help="with --describe: measure loading time and peak memory")
+    parser.add_argument("--parity", action="store_true", help="compare with the installed reference libraries")
+    change = parser.add_argument_group("changes on the way (as the arguments of load_pretrained)")
+    change.add_argument("--family", help=f"one of {', '.join(FAMILIES)}; found from the file unless given")
+    change.add_argument("--num_classes", type=int, help="a new head of this size; 0 for none")
+    change.add_argument("--image_size", type=_size, metavar="N|HxW", help="resample the position table")
+    change.add_argument("--patch_size", type=_size, metavar="N|HxW", help="resize the patch embedding")
+    change.add_argument("--channels", type=int, help="adapt the patch embedding")
+    change.add_argument("--posemb_resize", metavar="METHOD", help="instead of the family's own")
+    change.add_argument("--ignore", nargs="+", default=(), metavar="REGEX", help="leave out what matches")
+    parity = parser.add_argument_group("with --parity")
+    parity.add_argument("--image", metavar="FILE", help="a photograph for the full-size cases")
+    parity.add_argument("--only", metavar="REGEX", help="cases whose 'family name' matches")
+    parity.add_argument("--write", metavar="FILE", help="replace the table in this file (docs/weights.md)")
+    return parser
+
+
+def _size(text: str) -> tuple[int, int]:
+    """Reads "224" or "224x384"."""
+    rows, _, columns = text.partition("x")
+    return int(rows), int(columns or rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""Classifies pictures with any checkpoint.
+
+python -m vit_flax.predict --checkpoint runs/digits photo.jpg folder/     the five most probable classes of each picture
+python -m vit_flax.predict --checkpoint vit.safetensors --json *.jpg      one JSON object a line
+
+A checkpoint is whatever `load_pretrained` opens: a file, a folder, the workdir of a run, an address. The pictures go
+through what the checkpoint says they must go through. Exit status: 0 done, 1 some pictures could not be read, 2 an
+error with a message.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vit_flax.convert import Preprocess, Pretrained, load_pretrained
+from vit_flax.data.decode import MODES, DecodeError, open_picture
+from vit_flax.data.folder import SUFFIXES
+
+
+def predict(
+    pretrained: Pretrained, paths: Sequence[Path], *, top: int = 5, batch_size: int = 16
+) -> Iterator[tuple[Path, list[dict[str, Any]] | DecodeError | OSError]]:
+    """Yields for every picture, in order, its most probable classes, or why it could not be read.
+
+    Args:
+      pretrained: a classifier whose `preprocess` is known.
+      paths: of the pictures.
+      top: how many classes.
+      batch_size: pictures per step of the model; the last step is filled up, so that one program serves all.
+
+    Yields: the path, and `{"class": name, "index": int, "probability": float}` for each class, the best one first.
+    Raises: ValueError: the checkpoint has no head, or does not say how pictures were prepared.
+    """
+    if pretrained.model.num_classes is None:
+        raise ValueError(f"{pretrained.report.path} has no head: it gives features, not classes. Fine-tune it first.")
+    if pretrained.preprocess is None:
+        raise ValueError(
+            f"{pretrained.report.path} does not say what its pictures went through. Say it, for example: "
+            """--preprocess '{"image_size": [224, 224], "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], """
+            """"crop_fraction": 0.9, "filter": "bicubic"}'"""
+        )
+    preprocess, params = pretrained.preprocess, jax.device_put(pretrained.params)
+    names = pretrained.class_names or [str(i) for i in range(pretrained.model.num_classes)]
+
+    @jax.jit
+    def probabilities(params: Any, images: jax.Array) -> jax.Array:
+        logits: Any = pretrained.model.apply({"params": params}, images, train=False)[0]
+        return jax.nn.softmax(logits)
+
+    with ThreadPoolExecutor(4) as pool:
+        for start in range(0, len(paths), batch_size):
+            batch = paths[start : start + batch_size]
+            read = list(pool.map(lambda path: _read(path, preprocess), batch))
+            images = np.zeros((batch_size, *preprocess.image_size, len(preprocess.mean)), np.float32)
+            for row, image in zip(images, read):
+                if isinstance(image, np.ndarray):
+                    row[...] = image
+            table = np.asarray(probabilities(params, jnp.asarray(images)))
+            for path, image, row in zip(batch, read, table):
+                yield path, image if isinstance(image, Exception) else _best(row, names, top)
+
+
+def _read(path: Path, preprocess: Preprocess) -> np.ndarray | DecodeError | OSError:
+    channels = len(preprocess.mean)
+    try:
+        if channels not in MODES:
+            raise DecodeError(str(path), f"the checkpoint wants {channels} channels; pictures have 1 or 3")
+        pixels = np.asarray(open_picture(path.read_bytes(), str(path), channels=channels).load())
+        return preprocess(pixels if pixels.ndim == 3 else pixels[:, :, None])
+    except (DecodeError, OSError) as error:
+        return error
+
+
+def _best(probabilities: np.ndarray, names: Sequence[str], top: int) -> list[dict[str, Any]]:
+    order = np.argsort(-probabilities, kind="stable")[:top]
+    return [{"class": names[i], "index": int(i), "probability": float(probabilities[i])} for i in order]
+
+
+def find_pictures(places: Sequence[str]) -> list[Path]:
+    """The files named, and the pictures in the folders named, sorted within each folder.
+
+    Raises: FileNotFoundError: a place does not exist, or a folder holds no picture.
+    """
+    found: list[Path] = []
+    for place in map(Path, places):
+        if not place.exists():
+            raise FileNotFoundError(f"{place}: there is no such picture or folder.")
+        inside = sorted(p for p in place.rglob("*") if p.suffix.lower() in SUFFIXES) if place.is_dir() else [place]
+        if not inside:
+            raise FileNotFoundError(f"{place}: the folder holds no picture ({', '.join(SUFFIXES)}).")
+        found += inside
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        paths = find_pictures(arguments.images)
+        pretrained = load_pretrained(arguments.checkpoint, family=arguments.family, image_size=arguments.image_size)
+        if arguments.preprocess is not None:
+            pretrained = _with_preprocess(pretrained, arguments.preprocess)
+        unread = 0
+        for path, found in predict(pretrained, paths, top=arguments.top, batch_size=arguments.batch_size):
+            if isinstance(found, Exception):
+                unread += 1
+                print(f"error: {found}", file=sys.stderr, flush=True)
+            elif arguments.json:
+                print(json.dumps({"image": str(path), "top": found}), flush=True)
+            else:
+                classes = "  ".join(f"{best['probability']:.3f} {best['class']}" for best in found)
+                print(f"{path}  {classes}", flush=True)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 1 if unread else 0
+
+
+def _with_preprocess(pretrained: Pretrained, text: str) -> Pretrained:
+    try:
+        preprocess = Preprocess.from_dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--preprocess: {error}") from error
+    return dataclasses.replace(pretrained, preprocess=preprocess)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m vit_flax.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="pictures, or folders of them")
+    parser.add_argument("--checkpoint", required=True, help="file, folder, workdir or address")
+    parser.add_argument("--family", help="of the checkpoint; found from the file unless given")
+    parser.add_argument(
+        "--image_size", type=int, help="in pixels; another one than the checkpoint's resamples positions"
+    )
+    parser.add_argument("--preprocess", metavar="JSON", help="instead of the checkpoint's, or where it has none")
+    parser.add_argument("--top", type=int, default=5, help="classes per picture (5)")
+    parser.add_argument("--batch_size", type=int, default=16, help="pictures per step (16)")
+    parser.add_argument("--json", action="store_true", help="one JSON object per picture instead of text")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Sweeps: declare points, run them alone, in processes or as one program, and compare what they found."""

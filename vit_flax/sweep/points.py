@@ -1,0 +1,165 @@
+"""From a sweep file to its points: expanded, checked and named, without importing JAX.
+
+A sweep file is Python with a docstring (hypothesis, deciding metric, budget) and
+
+    BASE = "configs/digits.py"            # a config file, `file.py:argument` as on the command line
+    def sweep(): yield {"optim.lr": 1e-3}  # a generator of dotted overrides, in plain loops
+    def metrics(): return ["test/top1"]    # what to compare; the first one decides. "-test/loss" for smaller is better
+"""
+
+import dataclasses
+import difflib
+import re
+import runpy
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vit_flax.config import ConfigError, flatten
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One experiment of a sweep.
+
+    Attributes:
+      index: its place in the sweep, from 0.
+      name: its varying keys and values; also the name of its folder.
+      overrides: dotted keys and values.
+      config: the resolved config.
+    """
+
+    index: int
+    name: str
+    overrides: dict[str, Any]
+    config: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A sweep file, read.
+
+    Attributes:
+      path: of the file.
+      doc: its docstring.
+      base: the config that every point changes.
+      points: in the order of the file.
+      metrics: to compare; the first one decides. A leading minus sign marks those that should be small.
+      suggest: for a search with Optuna, `trial -> overrides`; None if the file has none.
+    """
+
+    path: Path
+    doc: str
+    base: ConfigDict
+    points: tuple[Point, ...]
+    metrics: tuple[str, ...]
+    suggest: Callable[[Any], Mapping[str, Any]] | None = None
+
+    @property
+    def deciding(self) -> tuple[str, bool]:
+        """The metric that decides, and whether larger is better."""
+        return self.metrics[0].removeprefix("-"), not self.metrics[0].startswith("-")
+
+
+def load_sweep(path: str | Path) -> Sweep:
+    """Reads a sweep file and expands it.
+
+    Raises: ConfigError: the file or its base is not there or lacks a part; a point overrides a key that the base does
+      not have, or with a value of another type; two points are the same.
+    """
+    path = Path(path)
+    module = _run(path, "the sweep")
+    missing = [name for name in ("BASE", "sweep", "metrics") if name not in module]
+    if missing:
+        raise ConfigError(f"{path} has no {' and no '.join(missing)}: a sweep file needs BASE, sweep() and metrics().")
+    metrics = tuple(module["metrics"]())
+    if not metrics:
+        raise ConfigError(f'{path}: metrics() has to name at least one metric, such as "test/top1".')
+    base = load_base(module["BASE"])
+    return Sweep(
+        path=path,
+        doc=(module["__doc__"] or "").strip(),
+        base=base,
+        points=expand(base, list(module["sweep"]()), where=str(path)),
+        metrics=metrics,
+        suggest=module.get("suggest"),
+    )
+
+
+def load_base(name: str) -> ConfigDict:
+    """The config `file.py` or `file.py:argument`, locked."""
+    file, _, argument = name.partition(":")
+    get_config = _run(Path(file), "BASE")["get_config"]
+    config = get_config(argument) if argument else get_config()
+    return config.lock()
+
+
+def _run(path: Path, what: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"There is no file {path} ({what}). Run from the root of the project, or give its path.")
+    return runpy.run_path(str(path))
+
+
+def expand(base: ConfigDict, overrides: Iterable[Mapping[str, Any]], *, where: str) -> tuple[Point, ...]:
+    """Applies each point's overrides to the base and names the points by what varies between them.
+
+    Args:
+      base: a locked config.
+      overrides: dotted keys and values, one mapping for each point.
+      where: for messages.
+
+    Raises: ConfigError: see `load_sweep`.
+    """
+    all_overrides = [dict(point) for point in overrides]
+    if not all_overrides:
+        raise ConfigError(f"{where}: the sweep has no points.")
+    configs = [_override(base, point, f"{where}, point {i}") for i, point in enumerate(all_overrides)]
+    flat = [flatten(config) for config in configs]
+    varying = [
+        k for k in dict.fromkeys(k for point in all_overrides for k in point) if len({repr(f[k]) for f in flat}) > 1
+    ]
+    names = [point_name({key: config[key] for key in varying}) for config in flat]
+    seen: dict[str, int] = {}
+    for i, name in enumerate(names):
+        if name in seen:
+            raise ConfigError(f"{where}: points {seen[name]} and {i} are the same experiment ({name}).")
+        seen[name] = i
+    return tuple(Point(i, n, o, c) for i, (n, o, c) in enumerate(zip(names, all_overrides, configs)))
+
+
+def _override(base: ConfigDict, overrides: Mapping[str, Any], where: str) -> dict[str, Any]:
+    known = flatten(base.to_dict())
+    for key in overrides:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise ConfigError(
+                f"{where}: the base has no key {key!r}."
+                + (f" Did you mean {near[0]!r}?" if near else "")
+                + " A key that it leaves at its default has to be written into the file first."
+            )
+    config = ConfigDict(base.to_dict()).lock()
+    try:
+        config.update_from_flattened_dict(dict(overrides))
+    except TypeError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    return config.to_dict()
+
+
+def point_name(values: Mapping[str, Any]) -> str:
+    """Keys (their last part where that is clear) and values, as a name for a folder.
+
+    >>> point_name({"optim.lr": 1e-3, "run.seed": 1})
+    'lr=0.001,seed=1'
+    """
+    last = [key.rpartition(".")[2] for key in values]
+    keys = [short if last.count(short) == 1 else key for key, short in zip(values, last)]
+    return ",".join(f"{key}={_text(value)}" for key, value in zip(keys, values.values())) or "only"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "x".join(map(_text, value))
+    text = f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+    return re.sub(r"[^\w.+-]+", "_", text)
