@@ -52,4 +52,5 @@ def get_config() -> ConfigDict:
     )
     config.checkpoint = dict(every_epochs=22.0, keep_last=2, best_metric="test/top1")
     config.evals = dict(test=dict(type="classification", every_epochs=22.0))
+    config.mesh = dict(data=-1, fsdp=1, tensor=1)  # data parallel on all devices; see docs/scaling.md
     return config

@@ -52,4 +52,5 @@ def get_config(arg: str = "tests/golden/vit_jax_prelinen.ckpt.npz,digits,32") ->
     )
     config.checkpoint = dict(every_epochs=2.0, keep_last=2, best_metric="test/top1")
     config.evals = dict(test=dict(type="classification", every_epochs=2.0))
+    config.mesh = dict(data=-1, fsdp=1, tensor=1)  # data parallel on all devices; see docs/scaling.md
     return config

@@ -63,4 +63,5 @@ def get_config(root: str = "") -> ConfigDict:
     )
     config.checkpoint = dict(every_epochs=5.0, keep_last=2, best_metric="val/top1")
     config.evals = dict(val=dict(type="classification", every_epochs=5.0))
+    config.mesh = dict(data=-1, fsdp=1, tensor=1)  # data parallel on all devices; see docs/scaling.md
     return config

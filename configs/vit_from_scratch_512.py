@@ -51,4 +51,5 @@ def get_config(head: str = "") -> ConfigDict:
     config.optim = dict(name="adamw", lr=1e-4, weight_decay=0.05, schedule="cosine", warmup_epochs=3.0, clip_norm=1.0)
     config.checkpoint = dict(every_epochs=5.0, keep_last=2, best_metric="test/top1")
     config.evals = dict(test=dict(type="classification", every_epochs=5.0))
+    config.mesh = dict(data=-1, fsdp=1, tensor=1)  # data parallel on all devices; see docs/scaling.md
     return config

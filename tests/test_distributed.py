@@ -100,12 +100,11 @@ class Killed(Exception):
 
 
 def test_from_one_process_to_two_with_the_same_bits(tmp_path, monkeypatch):
-    """Steps 1 to 4 on one process with two devices, 5 to 10 on two with one; FSDP, so that each has half the state."""
+    """Steps 1 to 4 on one process with two devices, 5 to 10 on two with one; FSDP: each has half of the state."""
     workdir, whole = tmp_path / "run", Job.train_batches
     config = spread_config(mesh__fsdp=2)
     with monkeypatch.context() as patch:
         patch.setattr(Job, "train_batches", lambda self, start: Cut(whole(self, start), 5, Killed))
-        patch.setattr(Job, "evaluations", lambda *_: {"test": lambda *_: None})
         patch.setattr(trainer, "build", lambda config, **more: build(config, jax.devices()[:2], **more))
         patch.setattr(trainer.Loop, "_save_after", lambda *_: None)
         with pytest.raises(Killed):
@@ -136,6 +135,7 @@ def test_sigterm_to_one_process_stops_all_after_the_same_step(tmp_path):
     assert differences(saved(workdir, step), straight(step, 1_000_000, fsdp=2)) == {}
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_job_which_goes_on_with_the_same_bits(tmp_path):
     """And goes on in one process, which reads what two wrote."""
     workdir = tmp_path / "run"
@@ -171,6 +171,7 @@ app.run(main.main, flags_parser=main.parse_flags)
 """
 
 
+@pytest.mark.slow
 def test_an_error_in_one_process_ends_all_with_its_traceback(tmp_path):
     with Group(2, tmp_path / "run", "--config.run.total_steps=100000", code=FAILS) as group:
         codes = group.wait()

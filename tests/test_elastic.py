@@ -40,7 +40,7 @@ def saved(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("num_devices", "mesh"),
-    [(8, dict(data=2, fsdp=2, tensor=2)), (4, dict(fsdp=4)), (2, dict(tensor=2)), (1, dict())],
+    [(4, dict(data=2, tensor=2)), (2, dict(fsdp=2)), (1, dict())],
 )
 def test_checkpoint_of_eight_devices_goes_on_elsewhere(saved, num_devices, mesh):
     folder, sums, losses = saved

@@ -22,7 +22,7 @@ class Collective:
 
     Attributes:
       kind: one of `KINDS`.
-      axes: of the mesh, along which the devices that talk to each other lie; empty for pairs that lie otherwise.
+      axes: of the mesh, along which the devices that talk to each other lie; empty where they are some of those only.
       devices: that talk to each other.
       shapes: of the whole arrays, such as "f32[64,256]": gathered, summed, or exchanged.
       num_bytes: of these.
@@ -85,7 +85,7 @@ def _collective(kind: str, start: bool, shape: str, line: str, times: tuple[int,
     op_name = re.search(r'op_name="([^"]*)"', line)
     return Collective(
         kind=kind,
-        axes=_axes(groups, mesh),
+        axes=_axes(kind, groups, mesh),
         devices=len(groups[0]),
         shapes=tuple(shapes),
         num_bytes=size,
@@ -125,12 +125,31 @@ def _times(bodies: dict[str, list[str]]) -> dict[str, tuple[int, bool]]:
 
 
 def _trips(line: str, bodies: dict[str, list[str]]) -> int:
-    """How often a loop runs: as XLA found out, or the constant that its condition compares the counter with."""
+    """How often a loop runs, as XLA noted it or counted from 0 up to the constant in its condition; 1 if unclear."""
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
         return int(known[1])
-    condition = re.search(r"condition=%?([\w.-]+)", line)
-    constants = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(bodies[condition[1]])) if condition else []
-    return int(constants[0]) if len(constants) == 1 else 1
+    condition, body = (bodies[re.search(rf"{which}=%?([\w.-]+)", line)[1]] for which in ("condition", "body"))  # type: ignore[index]
+    compare = re.search(r"compare\(%([\w.-]+), %([\w.-]+)\), direction=LT", "\n".join(condition))
+    if compare is None:
+        return 1
+    end, place = _constant(condition, compare[2]), re.search(r"index=(\d+)", _definition(condition, compare[1]))
+    if end is None or place is None:
+        return 1
+    results = re.findall(r"%([\w.-]+)", next(x for x in body if x.startswith("  ROOT")).rpartition(" tuple(")[2])
+    steps = re.findall(r"%([\w.-]+)", _definition(body, results[int(place[1])]).partition("add(")[2].partition(")")[0])
+    step = next((found for name in steps if (found := _constant(body, name)) is not None), 1)
+    return -(-end // step)
+
+
+def _definition(lines: list[str], name: str) -> str:
+    """The right side of the line that defines a name."""
+    return next((x.partition(" = ")[2] for x in lines if x.strip().removeprefix("ROOT ").startswith(f"%{name} = ")), "")
+
+
+def _constant(lines: list[str], name: str) -> int | None:
+    """The value of a name that is a constant."""
+    value = re.search(r"[su]32\[\]\S* constant\((\d+)\)", _definition(lines, name))
+    return int(value[1]) if value else None
 
 
 def _after_operands(line: str) -> str:
@@ -189,13 +208,15 @@ def _numbers(text: str) -> list[int]:
     return [int(n) for n in re.findall(r"\d+", text)]
 
 
-def _axes(groups: list[list[int]], mesh: Mesh) -> tuple[str, ...]:
-    """The mesh axes along which the members of every group differ, where these axes make up the groups."""
+def _axes(kind: str, groups: list[list[int]], mesh: Mesh) -> tuple[str, ...]:
+    """The mesh axes along which the members of the groups differ, where the groups are all devices along these."""
     coordinates = np.stack(np.unravel_index(np.arange(mesh.size), mesh.devices.shape), -1)
     differ = np.zeros(len(mesh.axis_names), bool)
     for a, b in itertools.chain.from_iterable(map(itertools.pairwise, groups)):
         differ |= coordinates[a] != coordinates[b]
     axes = tuple(name for name, d in zip(mesh.axis_names, differ) if d)
+    if kind == "collective-permute":
+        return axes
     return axes if math.prod(mesh.shape[axis] for axis in axes) == len(groups[0]) else ()
 
 

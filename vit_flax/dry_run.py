@@ -99,9 +99,9 @@ def _parameter_table(job: Job) -> Table:
         times = f"{alike[path]} x " if alike[path] > 1 else ""
         row = [path, f"{times}{list(leaf.shape)}", f"{alike[path] * leaf.size:,}"]
         if several:
-            axes = ", ".join(axis or "-" for axis in leaf.sharding.spec)
+            cut = [axis if axis and job.mesh.shape[axis] > 1 else "-" for axis in leaf.sharding.spec]
             own = alike[path] * sharding.bytes_per_device(leaf, leaf.sharding)
-            row += [axes if leaf.sharding.spec and any(leaf.sharding.spec) else "whole", f"{own / MIB:,.3f}"]
+            row += [", ".join(cut) if set(cut) - {"-"} else "whole", f"{own / MIB:,.3f}"]
         table.add_row(*row)
     total = sum(leaf.size for leaf in params.values())
     last = [f"{_own(job.abstract_state().params) / MIB:,.3f}"] if several else []
@@ -131,7 +131,8 @@ def _memory_table(job: Job, compiled: Any) -> Table:
     table = Table(show_header=False, box=None, title="Memory per device", title_justify="left")
     parts = {"parameters": state.params, "optimiser": state.opt_state, "moving average": state.ema}
     for name, tree in parts.items():
-        table.add_row(name, f"{_own(tree) / MIB:12,.1f} MiB")
+        if tree is not None:
+            table.add_row(name, f"{_own(tree) / MIB:12,.1f} MiB")
     gradients = _own(state.params)
     rest = memory.temp_size_in_bytes - gradients
     table.add_row("gradients", f"{gradients / MIB:12,.1f} MiB")
@@ -149,7 +150,7 @@ def _communication_table(found: Sequence[Collective]) -> Table:
     rows: dict[tuple[str, str, str], list[float]] = {}
     for c in found:
         where = "in a loop" if c.in_loop else "once"
-        row = rows.setdefault((c.kind, " x ".join(c.axes) or "pairs", where), [0, 0, 0])
+        row = rows.setdefault((c.kind, " x ".join(c.axes) or "parts of axes", where), [0, 0, 0])
         for i, value in enumerate((c.times, c.times * c.num_bytes, c.times * c.sent_bytes)):
             row[i] += value
     for key, (times, whole, sent) in sorted(rows.items(), key=lambda item: -item[1][2]):
