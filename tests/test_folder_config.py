@@ -1,5 +1,8 @@
 """`configs/folder.py`, the config for a folder of one's own pictures."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -47,10 +50,21 @@ def test_the_layouts_of_a_folder(tmp_path, layout, eval_split):
     assert job.data.image_shape == (32, 32, 3)
 
 
-def test_trains_and_evaluates(tmp_path):
-    _, results = train(shrunk(fill(tmp_path / "pictures", ["cat", "dog"], 40)), tmp_path / "run")
-    assert results["val/count"] == len(build(shrunk(tmp_path / "pictures")).data.eval_source) > 0
+def test_trains_and_evaluates_and_counts_what_it_skips(tmp_path, caplog):
+    pictures = fill(tmp_path / "pictures", ["cat", "dog"], 40)
+    data = build(shrunk(pictures)).data
+    for source in (data.train_source, data.eval_source):
+        Path(source[3]["id"]).write_bytes(b"")
+    config = shrunk(pictures)
+    config.data.on_error = "skip"
+    _, results = train(config, tmp_path / "run")
+    assert results["val/count"] == len(data.eval_source) - 1 > 0
     assert np.isfinite(results["train/loss"])
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    skipped = [line["train/skipped_records"] for line in lines if "train/loss" in line]
+    assert sum(skipped) == 1  # one step a line, one epoch
+    assert caplog.text.count("the file is empty") >= 2
+    assert "1 of" in caplog.text
 
 
 def test_a_folder_that_is_not_there():

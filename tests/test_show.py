@@ -88,9 +88,9 @@ def test_command(tmp_path):
         command = [sys.executable, "-m", "vit_flax.data.show", "--config", "tests/configs/tiny.py", *map(str, words)]
         return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=120)
 
-    done = launch("--out", tmp_path / "batch.png", "--step=2", "--config.data.batch_size=4")
+    done = launch("--out", tmp_path / "batch.png", "--step=2", "--config.data.batch_size=16")
     assert done.returncode == 0, done.stderr
-    assert "training, step 2: batch of 4 images" in done.stdout
+    assert "training, step 2: batch of 16 images" in done.stdout
     assert (tmp_path / "batch.png").exists()
     wrong = launch("--out", tmp_path / "batch.png", "--config.model.num_classes=3")
     assert wrong.returncode == 2
