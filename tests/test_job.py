@@ -120,7 +120,7 @@ def test_schedule_free_is_evaluated_at_its_average(tmp_path):
     job = build(config)
     found = {}
     with job.writer(None, start_step=0) as writer:
-        (hook,) = job.evaluations(writer, None, found, StopSignal()).values()
+        (hook,) = job.evaluation_hooks(job.evaluations(StopSignal()), writer, None, found).values()
         hook(4, state.replace(opt_state=None))
         at_parameters = found["test/loss"]
         hook(4, state.replace(opt_state=None, params=eval_params(state.opt_state, state.params)))

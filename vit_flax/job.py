@@ -22,9 +22,9 @@ from vit_flax.augment import augment, normalize
 from vit_flax.bad_steps import BadSteps
 from vit_flax.checkpoint import Checkpoints
 from vit_flax.config import Config, ConfigError, bind, check_names, check_section, flatten, hparams_of, in_steps, plain
-from vit_flax.data import Ahead, Data, make_data
+from vit_flax.data import Ahead, Batches, Data, make_data
 from vit_flax.evals import EVALS
-from vit_flax.evals.hook import EvaluationHook
+from vit_flax.evals.hook import Evaluation, EvaluationHook
 from vit_flax.files import write_atomically
 from vit_flax.finetune import FromScratch, Init, Start, put_in
 from vit_flax.hooks import Every, Hook, Profile, check_profile_steps
@@ -50,6 +50,8 @@ class Run:
 
     Attributes:
       seed: of the parameters, the data order and all randomness in training.
+      data_seed: of the data order and the randomness on the host alone; None for `seed`. With one, runs of several
+        seeds see the same batches, and a sweep can train them as one program.
       total_steps: of the run; `total_epochs` in a config.
       log_every_steps: length of the intervals over which training metrics are averaged.
       accumulate_steps: a batch is cut into so many parts, to save memory.
@@ -66,6 +68,7 @@ class Run:
     seed: int
     total_steps: int
     log_every_steps: int
+    data_seed: int | None = None
     accumulate_steps: int = 1
     ema_decay: float = 0.0
     ema_warmup: bool = True
@@ -130,13 +133,22 @@ class Job:
 
     def init(self, pretrained: Mapping[str, Any] | None = None) -> TrainState:
         """The state before the first step (to be jitted), with what `pretrained` gave in its place."""
+        return self.init_from(*self.init_arguments(), pretrained or {})
+
+    def init_arguments(self) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The key of the run and the numbers that a sweep may vary."""
+        hparams = {name: jnp.asarray(value, jnp.float32) for name, value in self.hparams.items()}
+        return jax.random.key(self.run.seed), hparams
+
+    def init_from(self, key: jax.Array, hparams: dict[str, jax.Array], pretrained: Mapping[str, Any]) -> TrainState:
+        """The state before the first step of a run with that key and those numbers."""
         h, w, c = self.data.image_shape
         image = jnp.zeros((1, h, w, c))
         return init_state(
-            jax.random.key(self.run.seed),
-            init=lambda key: put_in(self.model.init(key, image, train=False)["params"], pretrained or {}),
+            key,
+            init=lambda key: put_in(self.model.init(key, image, train=False)["params"], pretrained),
             optimizer=self.optimizer(),
-            hparams={name: jnp.asarray(value, jnp.float32) for name, value in self.hparams.items()},
+            hparams=hparams,
         )
 
     @property
@@ -156,8 +168,8 @@ class Job:
         make = bind(make_optimizer, "optim", section)
         return lambda hparams: make(hparams=hparams)
 
-    def train_step(self) -> Callable[..., Any]:
-        """The jitted `(state, batch) -> (state, metrics)`; the state is donated."""
+    def step(self) -> Callable[..., Any]:
+        """`(state, batch) -> (state, metrics)` (to be jitted)."""
         loss = {k: v for k, v in self.sections["loss"].items() if k != "name"}
         objective = partial(
             classification,
@@ -166,7 +178,7 @@ class Job:
             loss=bind(LOSSES[self.sections["loss"]["name"]], "loss", loss),
             num_classes=self.data.num_classes,
         )
-        step = partial(
+        return partial(
             train_step,
             objective=objective,
             optimizer=self.optimizer(),
@@ -174,15 +186,24 @@ class Job:
             ema_update=partial(ema_update, warmup=self.run.ema_warmup),
             **(dict(layer_norms=layer_norms) if self.run.log_layer_norms else {}),
         )
+
+    def train_step(self) -> Callable[..., Any]:
+        """The jitted step on the mesh; the state is donated."""
         places = jax.tree.map(lambda x: x.sharding, self.abstract_state())
-        return jax.jit(step, donate_argnums=0, out_shardings=(places, sharding.everywhere(self.mesh)))
+        return jax.jit(self.step(), donate_argnums=0, out_shardings=(places, sharding.everywhere(self.mesh)))
+
+    def host_batches(self, start_step: int) -> Batches:
+        """This process's rows of the batches from `start_step` on."""
+        seed = self.run.seed if self.run.data_seed is None else self.run.data_seed
+        index, count = sharding.data_shard(self.mesh)
+        return self.data.train(seed=seed, start_step=start_step, process_index=index, process_count=count)
 
     def train_batches(self, start_step: int) -> Ahead:
         """Batches on the devices from `start_step` on; one is always on its way while another is worked on."""
-        index, count = sharding.data_shard(self.mesh)
-        batches = self.data.train(seed=self.run.seed, start_step=start_step, process_index=index, process_count=count)
         put = partial(sharding.put_batch, mesh=self.mesh, global_batch_size=self.data.batch_size)
-        return Ahead(batches, put, jnp.float32 if self.data.reading["on_error"] == "skip" else None)
+        return Ahead(
+            self.host_batches(start_step), put, jnp.float32 if self.data.reading["on_error"] == "skip" else None
+        )
 
     def draw(self, batch: dict[str, jax.Array], writer: Writer) -> None:
         """Gives the writer a picture of a batch, as the augmentation leaves it."""
@@ -197,10 +218,10 @@ class Job:
         captions = [pictures.caption(row, self.data.class_names) for row in np.asarray(targets)]
         writer.picture(1, "train/batch", pictures.grid(shown, captions))
 
-    def writer(self, folder: Path | None, *, start_step: int) -> Writer:
-        """The console and, where there is a folder, the files and the sinks of the config."""
+    def writer(self, folder: Path | None, *, start_step: int, quiet: bool = False) -> Writer:
+        """The console (unless `quiet`) and, where there is a folder, the files and the sinks of the config."""
         if folder is None:
-            return Writer(None, {}, start_step=start_step, total_steps=self.run.total_steps)
+            return Writer(None, {}, start_step=start_step, total_steps=self.run.total_steps, quiet=quiet)
         supplied = {"workdir": folder, "start_step": start_step, "config": flatten(self.config)}
         sinks: dict[str, Callable[[], Sink]] = {"files": partial(Files, workdir=folder, start_step=start_step)}
         for section in self.sections:
@@ -208,7 +229,7 @@ class Job:
             if kind == "sinks":
                 takes = {k: v for k, v in supplied.items() if k in inspect.signature(SINKS[name]).parameters}
                 sinks[name] = partial(SINKS[name], **takes, **self.sections[section])
-        return Writer(folder, sinks, start_step=start_step, total_steps=self.run.total_steps)
+        return Writer(folder, sinks, start_step=start_step, total_steps=self.run.total_steps, quiet=quiet)
 
     def train_log(self, writer: Writer, open_interval: Mapping[str, Any]) -> TrainLog:
         """Averages and writes the metrics of the steps; goes on with the interval that an earlier process left open."""
@@ -259,16 +280,12 @@ class Job:
             "num_devices": jax.device_count(),
         }
 
-    def evaluations(
-        self, writer: Writer, log: TrainLog | None, results: dict[str, float], stop: StopSignal
-    ) -> dict[str, Hook]:
-        """One hook per entry of `evals`, in its order; each writes its metrics and puts them into `results`."""
+    def evaluations(self, stop: StopSignal) -> dict[str, Evaluation]:
+        """One for each entry of `evals`, in its order."""
         index, count = sharding.data_shard(self.mesh)
         split = self.data.eval(process_index=index, process_count=count)
-
-        def hook(name: str) -> Every:
-            section = self.sections[f"evals.{name}"]
-            evaluation = EVALS[section["type"]](
+        return {
+            name: EVALS[self.sections[f"evals.{name}"]["type"]](
                 apply=self.apply,
                 normalize=partial(normalize, **{k: self.sections["augment"][k] for k in ("mean", "std")}),
                 batches=lambda: stop.until_received(split),
@@ -276,6 +293,15 @@ class Job:
                 rows=sharding.batch_sharding(self.mesh),
                 num_classes=self.data.num_classes,
             )
+            for name in self.config["evals"]
+        }
+
+    def evaluation_hooks(
+        self, evaluations: Mapping[str, Evaluation], writer: Writer, log: TrainLog | None, results: dict[str, float]
+    ) -> dict[str, Hook]:
+        """Runs each evaluation when it is due, writes its metrics and puts them into `results`."""
+
+        def hook(name: str, evaluation: Evaluation) -> Every:
             run = EvaluationHook(
                 name,
                 evaluation,
@@ -288,7 +314,7 @@ class Job:
             )
             return self.every(f"evals.{name}", run)
 
-        return {name: hook(name) for name in self.config["evals"]}
+        return {name: hook(name, evaluation) for name, evaluation in evaluations.items()}
 
     def profile(self, writer: Writer) -> Hook:
         """Records a trace of the profiler, where the config asks for one."""
@@ -314,7 +340,6 @@ SECTIONS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "sinks": (SINKS, ("workdir", "start_step", "config")),
     "init": (Init, ()),
 }
-OPTIONAL = ("sinks", "init")
 # Of these, a section that happens every so often has exactly one (`every_epochs` becomes `every_steps`).
 SCHEDULES = ("every_steps", "every_secs")
 # Sections that a config may leave out. `metrics.jsonl` and `pictures/` are written without a sink.

@@ -199,8 +199,10 @@ def keep_batch_cut(apply: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
 
     Without it XLA may leave a kernel that is cut along the width where it is, cut the activations likewise and sum
     them up after each product: correct, but no FSDP, and far more bytes. Modules that return one array return one with
-    the batch first; that is all that is known of them here.
+    the batch first; that is all that is known of them here. On one device there is nothing to cut.
     """
+    if mesh.size == 1:
+        return apply
 
     def intercept(call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
         out = call(*args, **kwargs)

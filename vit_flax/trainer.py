@@ -82,7 +82,7 @@ class Loop:
         self._evaluated: bool = before["evaluated"]  # all evaluations of this step are done
         self._log = job.train_log(writer, before["interval"])
         self._bad_steps = job.bad_steps(writer)
-        self._evaluations = job.evaluations(writer, self._log, self._found, stop)
+        self._evaluations = job.evaluation_hooks(job.evaluations(stop), writer, self._log, self._found)
         self._profile = job.profile(writer)
         self._save_on_schedule = job.every("checkpoint", lambda *_: self._save())
 
@@ -189,7 +189,7 @@ def evaluate(config: Config, workdir_path: str | Path) -> dict[str, float]:
     step, state = _state_to_evaluate(job, folder)
     results: dict[str, float] = {}
     with job.writer(None, start_step=0) as writer:
-        for hook in job.evaluations(writer, None, results, StopSignal()).values():
+        for hook in job.evaluation_hooks(job.evaluations(StopSignal()), writer, None, results).values():
             hook(job.run.total_steps, state)
     print_results(writer.console, {"step": float(step), **results}, workdir.places(folder))
     return results

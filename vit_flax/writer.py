@@ -26,14 +26,21 @@ class Writer:
         is written.
       start_step: the step that the run goes on from.
       total_steps: for the progress bar.
+      quiet: says nothing on the console.
     """
 
     def __init__(
-        self, workdir: Path | None, sinks: Mapping[str, Callable[[], Sink]], *, start_step: int, total_steps: int
+        self,
+        workdir: Path | None,
+        sinks: Mapping[str, Callable[[], Sink]],
+        *,
+        start_step: int,
+        total_steps: int,
+        quiet: bool = False,
     ):
         self.workdir, self.start_step = workdir, start_step
         self.active = jax.process_index() == 0
-        self.console = Console(quiet=not self.active)
+        self.console = Console(quiet=quiet or not self.active)
         self._sinks: dict[str, Sink] = {}
         with ExitStack() as opened:  # closes those that are open when another cannot be opened
             for name, make in sinks.items() if self.active else ():
@@ -42,7 +49,7 @@ class Writer:
             self.closing = opened.pop_all()
         self._total_steps = total_steps
         self._progress: Progress | None = None
-        if self.console.is_terminal and self.active:
+        if self.console.is_terminal and not self.console.quiet:
             self._progress = progress = Progress(
                 TextColumn("step {task.completed}/{task.total}"),
                 BarColumn(bar_width=20),

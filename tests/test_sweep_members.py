@@ -1,0 +1,135 @@
+"""Points that differ in numbers only, trained as one program: each gets what it gets alone."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from tests.helpers import metrics_lines, tiny_config
+from vit_flax.sweep.members import train_members
+from vit_flax.sweep.points import expand
+from vit_flax.sweep.run import point_workdir, read_result
+from vit_flax.trainer import train
+
+STEPS = 50
+SWEPT = [
+    {"optim.lr": 3e-3, "run.seed": 0},
+    {"optim.lr": 1e-3, "run.seed": 1, "optim.weight_decay": 0.2, "model.drop_path": 0.3},
+    {"optim.lr": 2e-3, "run.seed": 1, "loss.label_smoothing": 0.2, "augment.mixup_alpha": 0.7},
+    {"optim.lr": 2e-3, "run.seed": 2, "optim.clip_norm": 0.3, "run.ema_decay": 0.5},
+]
+
+
+def base(**overrides):
+    config = tiny_config(
+        run__total_steps=STEPS,
+        run__ema_decay=0.9,
+        run__data_seed=0,
+        run__log_every_steps=10,
+        augment__mixup_alpha=0.3,
+        checkpoint__every_steps=20,
+        **overrides,
+    )
+    config.evals.test.every_steps = 25
+    return config.lock()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The points of SWEPT, trained side by side on two devices."""
+    workdir = tmp_path_factory.mktemp("members")
+    points = expand(base(), SWEPT, where="test")
+    train_members(points, workdir, say=lambda line: None)
+    return points, workdir
+
+
+@pytest.mark.parametrize("i", [0, 3])
+def test_a_member_gets_what_it_gets_alone(trained, i, tmp_path):
+    points, workdir = trained
+    state, results = train(points[i].config, tmp_path)
+    folder = point_workdir(workdir, points[i])
+    again, same = train(points[i].config, folder)  # done already: restores what the group has left
+    assert int(again.step) == STEPS
+    for (path, ours), alone in zip(
+        jax.tree_util.tree_leaves_with_path((again.params, again.ema)), jax.tree.leaves((state.params, state.ema))
+    ):
+        name = jax.tree_util.keystr(path)
+        if (
+            "['key']['bias']" not in name
+        ):  # a softmax does not see it: its gradient is rounding noise, and Adam scales it
+            np.testing.assert_allclose(ours, alone, atol=2e-5, rtol=1e-4, err_msg=name)
+    assert same["test/loss"] == pytest.approx(results["test/loss"], rel=1e-4)
+    ours, alone = ([json.loads(line) for line in metrics_lines(folder)] for folder in (folder, tmp_path))
+    assert [(line["step"], sorted(line)) for line in ours] == [(line["step"], sorted(line)) for line in alone]
+    for a, b in zip(ours, alone):
+        if "train/loss" in a:
+            assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-4)
+
+
+def test_members_differ(trained):
+    points, workdir = trained
+    losses = [read_result(point_workdir(workdir, point))["metrics"]["train/loss"] for point in points]
+    assert len({round(loss, 4) for loss in losses}) == len(points)
+
+
+def test_points_that_differ_in_more_than_numbers_are_several_programs():
+    points = expand(base(), [{"optim.lr": lr, "model.width": w} for lr in (1e-3, 2e-3) for w in (8, 16)], where="test")
+    assert [[p.index for p in members] for members in group(points)] == [[0, 2], [1, 3]]
+    assert [len(members) for members in group(points[::2], max_members=1)] == [1, 1]
+    with pytest.raises(ConfigError, match="more than numbers"):
+        train_members(points[:2], "nowhere")
+    # What is off is not in the program.
+    off = expand(base(), [{"augment.mixup_alpha": 0.0}, {"augment.mixup_alpha": 0.2}], where="test")
+    assert program_of(off[0].config) != program_of(off[1].config)
+
+
+def test_seeds_are_members_with_a_data_seed_only():
+    seeds = [{"run.seed": 0}, {"run.seed": 1}]
+    points = expand(base(), seeds, where="test")
+    assert explain_single(points) is None
+    assert len(group(points)) == 1
+    alone = expand(base(run__seed=5), [{**seed, "run.data_seed": 1} for seed in seeds], where="test")
+    assert len(group(alone)) == 1
+
+
+def test_a_member_that_diverges_is_noted_and_the_others_go_on(tmp_path):
+    config = base(run__max_skipped_steps=3)
+    with config.unlocked():
+        config.run.total_steps = 20
+        config.optim.warmup_steps = 0
+    points = expand(config, [{"optim.lr": 1e-3}, {"optim.lr": 1e38}], where="test")
+    said = []
+    train_members(points, tmp_path, say=said.append)
+    good, bad = (read_result(point_workdir(tmp_path, point)) for point in points)
+    assert good["status"] == "done"
+    assert bad["status"] == "failed"
+    assert "3 steps in a row" in bad["error"]
+    assert any("the others go on" in line for line in said)
+
+
+def test_a_group_goes_on_where_it_stopped(trained, tmp_path, monkeypatch):
+    """Cut at step 30, between its checkpoints of step 20 and 40."""
+    from vit_flax.job import Job
+
+    points, workdir = trained
+    whole = Job.host_batches
+
+    class Stopped(Exception):
+        pass
+
+    def cut(self, start):
+        for number, batch in enumerate(whole(self, start)):
+            if number == 30:
+                raise Stopped
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "host_batches", cut)
+        with pytest.raises(Stopped):
+            train_members(points, tmp_path, say=lambda line: None)
+    train_members(points, tmp_path, say=lambda line: None)
+    for point in points:
+        mine, theirs = (read_result(point_workdir(folder, point))["metrics"] for folder in (tmp_path, workdir))
+        assert mine["test/loss"] == theirs["test/loss"]
+        assert metrics_lines(point_workdir(tmp_path, point)) == metrics_lines(point_workdir(workdir, point))
