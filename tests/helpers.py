@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +28,34 @@ def tiny_config(**overrides: object) -> ConfigDict:
     return config
 
 
-class Cut:
-    """The batches of a run, and an error in place of batch number `after`."""
+class Changed:
+    """The batches of a run, each changed by `change(number, batch)` (from 0), which may also raise."""
 
-    def __init__(self, batches: Any, after: int, error: type[BaseException]):
-        self._batches, self._left, self._error = batches, after, error
+    def __init__(self, batches: Any, change: Callable[[int, Any], Any]):
+        self._batches, self._change, self._number = batches, change, -1
 
-    def __iter__(self) -> "Cut":
+    def __iter__(self) -> "Changed":
         return self
 
     def __next__(self) -> Any:
-        if not self._left:
-            raise self._error
-        self._left -= 1
-        return next(self._batches)
+        self._number += 1
+        return self._change(self._number, next(self._batches))
 
     @property
     def counts(self) -> dict[str, Any]:
         return self._batches.counts
+
+
+class Cut(Changed):
+    """The batches of a run, and an error in place of batch number `after`."""
+
+    def __init__(self, batches: Any, after: int, error: BaseException | type[BaseException]):
+        def change(number: int, batch: Any) -> Any:
+            if number == after:
+                raise error
+            return batch
+
+        super().__init__(batches, change)
 
 
 def metrics_lines(workdir: Path) -> list[str]:

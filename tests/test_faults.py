@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import metrics_lines, tiny_config
+from tests.helpers import Changed, Cut, metrics_lines, tiny_config
 from vit_flax import job as job_module
 from vit_flax import reliability
 from vit_flax.bad_steps import Diverged
@@ -217,13 +217,8 @@ def test_an_error_in_the_loop_loses_no_step(straight, tmp_path, monkeypatch):
     config = tiny_config(run__ema_decay=0.9)
     whole = job_module.Job.train_batches
 
-    def failing(self, start_step):
-        for number, batch in enumerate(whole(self, start_step)):
-            if number == 7:
-                raise ValueError("picture 17 is torn")
-            yield batch
-
-    monkeypatch.setattr(job_module.Job, "train_batches", failing)
+    torn = ValueError("picture 17 is torn")
+    monkeypatch.setattr(job_module.Job, "train_batches", lambda self, start: Cut(whole(self, start), 7, torn))
     with pytest.raises(ValueError, match="picture 17 is torn"):
         train(config, tmp_path)
     assert max(steps_in(tmp_path / "checkpoints")) == 7
@@ -238,9 +233,11 @@ def test_bad_steps_change_nothing_and_end_the_run(tmp_path, monkeypatch, capsys)
     good, whole = job_module.classification, job_module.Job.train_batches
 
     def marked(self, start_step):
-        for step, batch in enumerate(whole(self, start_step), start=start_step + 1):
-            bad = step == 3 or step >= 8
-            yield {**batch, "mask": batch["mask"].at[0].set(not bad)}
+        def mark(number, batch):
+            step = start_step + number + 1
+            return {**batch, "mask": batch["mask"].at[0].set(not (step == 3 or step >= 8))}
+
+        return Changed(whole(self, start_step), mark)
 
     def objective(params, batch, key, hparams, **parts):
         loss, metrics = good(params, {**batch, "mask": jnp.ones_like(batch["mask"])}, key, hparams, **parts)

@@ -198,7 +198,7 @@ def test_a_run_leaves_report_pictures_facts_and_trace(tmp_path):
         (lambda c: c.run.update(dict(profile_steps=(3, 11))), "<= 10"),
         (lambda c: c.run.update(dict(log_every_steps=0)), "must be at least 1"),
         (lambda c: c.evals.test.update(dict(every_secs=3.0)), r"unknown key evals\.test\.every_steps"),
-        (lambda c: c.evals.update(dict(test=dict(type="classification"))), r"missing key evals\.test\.every_steps"),
+        (lambda c: c.evals.test.__delitem__("every_steps"), r"missing key evals\.test\.every_steps"),
         (lambda c: c.checkpoint.update(dict(every_steps=-4)), "checkpoint: .* cannot be negative"),
         (lambda c: c.evals.test.update(dict(type="regression")), r"evals\.test\.type='regression' is unknown"),
     ],

@@ -16,6 +16,7 @@ MAX_THREADS = 16
 READ_AHEAD_BYTES = 2**32  # of this process, with the default number of threads
 BATCHES_PER_WORKER = 2  # finished batches that wait in each worker process
 SHARED_MEMORY = Path("/dev/shm")
+FREEING_SECS = 0.3  # at the end of a process that had workers
 
 
 def start(batches: Any, *, num_threads: int | None, num_workers: int, batch_bytes: int) -> Any:
@@ -79,11 +80,11 @@ def _mark_flags_as_parsed() -> None:
 
 @functools.cache
 def _collect_at_exit() -> None:
-    """Has garbage collected once more when this process ends.
+    """Has garbage collected once more when this process ends, and gives Grain's threads a moment to free it.
 
     JAX keeps a batch that it shares memory with until then, and Python would report its shared memory as leaked.
     """
-    atexit.register(gc.collect)
+    atexit.register(lambda: (gc.collect(), time.sleep(FREEING_SECS)))
 
 
 def die_with_parent() -> None:
