@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from tests.helpers import metrics_lines, tiny_config
-from vit_flax.sweep.members import train_members
+from vit_flax.config import ConfigError
+from vit_flax.sweep.members import explain_single, group, program_of, train_members
 from vit_flax.sweep.points import expand
 from vit_flax.sweep.run import point_workdir, read_result
 from vit_flax.trainer import train

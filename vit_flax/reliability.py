@@ -97,13 +97,15 @@ def signals(lives: Lives, reference: Reference, rng: random.Random, count: int) 
         workdir = lives.folder / f"stopped_{ends}"
         while True:
             life = lives.start(workdir, changed(reference.config, checkpoint__every_steps=None))
-            if done < count:
+            stopping = done < count  # else the run may end in peace
+            if stopping:
                 life.wait_until(lambda life=life: life.said("step "))
                 time.sleep(rng.uniform(0, 0.2))
             since = time.monotonic()
-            life.send((signal.SIGTERM, signal.SIGINT)[done % 2])
+            if stopping:
+                life.send((signal.SIGTERM, signal.SIGINT)[done % 2])
             code = life.end()
-            if code != EXIT_PREEMPTED and reference.is_end_of(workdir):  # it came when all was done and saved
+            if not stopping or (code != EXIT_PREEMPTED and reference.is_end_of(workdir)):  # it came too late
                 break
             done += 1
             codes.add(code)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from vit_flax.typing import ArrayLike
 from vit_flax.writer import Writer
 
 # Numbers that depend on the clock or the machine: everything else is equal, bit for bit, in a resumed run.
@@ -51,14 +52,14 @@ class TrainLog:
         before = open_interval or {"count": 0, "sums": {}}
         self._sums: dict[str, float] = dict(before["sums"])
         self._count, self._timed = before["count"], 0
-        self._fetch_later: list[dict[str, jax.Array]] = []
+        self._fetch_later: list[Mapping[str, ArrayLike]] = []
         self._due: int | None = None
         self._waited_secs = 0.0
         self._since: float | None = None
         self.last: dict[str, float] = {}
 
-    def __call__(self, step: int, metrics: dict[str, jax.Array], waited_secs: float) -> None:
-        """Takes the metrics of a step (on the device) and the time its batch was waited for."""
+    def __call__(self, step: int, metrics: Mapping[str, ArrayLike], waited_secs: float) -> None:
+        """Takes the metrics of a step (on the device, or fetched) and the time its batch was waited for."""
         self.flush()
         if self._since is None:  # the first step has been dispatched: nothing is compiled from here on
             self._since = self._began = time.perf_counter()
