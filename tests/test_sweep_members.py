@@ -74,12 +74,12 @@ def test_members_differ(trained):
     assert len({round(loss, 4) for loss in losses}) == len(points)
 
 
-def test_points_that_differ_in_more_than_numbers_are_several_programs():
+def test_points_that_differ_in_more_than_numbers_are_several_programs(tmp_path):
     points = expand(base(), [{"optim.lr": lr, "model.width": w} for lr in (1e-3, 2e-3) for w in (8, 16)], where="test")
     assert [[p.index for p in members] for members in group(points)] == [[0, 2], [1, 3]]
     assert [len(members) for members in group(points[::2], max_members=1)] == [1, 1]
     with pytest.raises(ConfigError, match="more than numbers"):
-        train_members(points[:2], "nowhere")
+        train_members(points[:2], tmp_path)
     # What is off is not in the program.
     off = expand(base(), [{"augment.mixup_alpha": 0.0}, {"augment.mixup_alpha": 0.2}], where="test")
     assert program_of(off[0].config) != program_of(off[1].config)

@@ -71,13 +71,14 @@ def explain_single(points: Sequence[Point]) -> str | None:
 
 def most_members(point: Point) -> int | None:
     """How many members like this one fit in the memory of the devices; None where the backend does not say."""
-    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
-    if not all(limits):
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    if not all("bytes_limit" in one for one in stats):
         return None
+    limits = [one["bytes_limit"] for one in stats]
     job = build(point.config, devices=jax.devices()[:1])
     state = jax.eval_shape(job.init)
     batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in next(iter(job.host_batches(0))).items()}
-    memory = jax.jit(job.step(), donate_argnums=0).lower(state, batch).compile().memory_analysis()
+    memory: Any = jax.jit(job.step(), donate_argnums=0).lower(state, batch).compile().memory_analysis()
     one = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     return max(1, math.floor(0.9 * min(limits) / one)) * len(limits)
 
@@ -218,7 +219,7 @@ class _Run:
         return jnp.stack(keys), jax.tree.map(lambda *values: jnp.stack(values), *hparams)
 
     def _init(self, keys: jax.Array, hparams: dict[str, jax.Array], pretrained: dict[str, Any]) -> TrainState:
-        return jax.lax.map(lambda member: self._job.init_from(*member, pretrained), (keys, hparams))
+        return jax.lax.map(lambda member: self._job.init_from(member[0], member[1], pretrained), (keys, hparams))
 
     def _step_fn(self) -> Callable[..., Any]:
         step = self._job.step()
