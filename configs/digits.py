@@ -12,7 +12,9 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     """The main job."""
     config = ConfigDict()
-    config.run = dict(seed=0, total_epochs=110.0, log_every_steps=100)
+    config.run = dict(
+        seed=0, data_seed=None, total_epochs=110.0, log_every_steps=100
+    )  # data_seed: for sweeps over seeds
     config.data = dict(
         source=dict(name="digits"),
         train_split="train",

@@ -16,6 +16,7 @@ def sweep():
                     "optim.lr": lr,
                     "optim.weight_decay": weight_decay,
                     "run.seed": seed,
+                    "run.data_seed": 0,
                     "run.total_epochs": 20.0,
                 }
 

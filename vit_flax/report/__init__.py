@@ -37,11 +37,12 @@ def write_report(workdir: str | Path) -> Path:
         sections.origins(record, facts),
     ]
     path = folder / "report.html"
-    write_atomically(path, _page(folder.name, "\n".join(body)))
+    write_atomically(path, page(f"{folder.name}: vit_flax run", "\n".join(body)))
     return path
 
 
-def _page(title: str, body: str) -> str:
+def page(title: str, body: str) -> str:
+    """A page that needs no network: style and script are in it."""
     style, script = (
         resources.files("vit_flax.report").joinpath(f"report.{kind}").read_text() for kind in ("css", "js")
     )
@@ -49,7 +50,7 @@ def _page(title: str, body: str) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<title>{escape(title)}: vit_flax run</title>\n<style>\n{style}</style></head>\n"
+        f"<title>{escape(title)}</title>\n<style>\n{style}</style></head>\n"
         f"<body><main>\n{body}\n</main>\n<script>\n{script}</script></body></html>\n"
     )
 

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from vit_flax.config import ConfigError
 from vit_flax.sweep import results, run
+from vit_flax.sweep.page import write_page
 from vit_flax.sweep.points import Sweep, load_sweep
 
 
@@ -63,9 +64,10 @@ def _run(sweep: Sweep, arguments: argparse.Namespace) -> int:
     else:
         options = dict(launcher=arguments.launcher, launcher_options=arguments.launcher_options)
         run.run(sweep, workdir, jobs=arguments.jobs, **options)
-    rows = results.collect(arguments.workdir, sweep)
-    results.write_csv(arguments.workdir / "results.csv", rows)
+    rows = results.collect(workdir, sweep)
+    results.write_csv(workdir / "results.csv", rows)
     results.print_table(console, sweep, rows)
+    console.print(f"results  {workdir / 'results.csv'}\npage     {write_page(workdir, sweep, rows)}", soft_wrap=True)
     return 0 if all(row.status == "done" for row in rows) else 2
 
 
