@@ -93,7 +93,7 @@ plt.show()
 # it the model could not know where a patch was.
 
 # %%
-from configs.vit_from_scratch_512 import get_config  # noqa: E402
+from configs.vit_from_scratch_512 import get_config
 
 config = get_config("standard")
 model = vit_flax.build(config).model
@@ -212,20 +212,20 @@ print(np.asarray(jax.nn.softmax(logits[0])))
 # 98 % in a minute and a half on two cores.
 
 # %%
-from configs import digits  # noqa: E402
+from configs import digits
 
 config = digits.get_config()
 config.run.total_epochs = 40.0
 config.optim.warmup_epochs = 4.0
 config.evals.test.every_epochs = 8.0
 config.checkpoint.every_epochs = 40.0
-import tempfile  # noqa: E402
+import tempfile
 
 workdir = tempfile.mkdtemp()
 state, results = vit_flax.train(config, workdir)
 
 # %%
-import json  # noqa: E402
+import json
 
 with open(f"{workdir}/metrics.jsonl") as file:
     lines = [json.loads(line) for line in file]
