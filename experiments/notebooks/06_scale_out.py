@@ -97,11 +97,9 @@ for c in collectives(compiled.as_text(), job.mesh):
 # ## The same numbers as one device
 
 # %%
+jobs = {"eight devices, FSDP": job, "one device": vit_flax.build(digits.get_config(), jax.devices()[:1])}
 losses = {}
-for name, job in {
-    "eight devices, FSDP": job,
-    "one device": vit_flax.build(digits.get_config(), jax.devices()[:1]),
-}.items():
+for name, job in jobs.items():
     state = jax.jit(job.init, out_shardings=jax.tree.map(lambda x: x.sharding, job.abstract_state()))()
     step, batches = job.train_step(), job.train_batches(0)
     losses[name] = []
