@@ -104,7 +104,7 @@ def test_from_one_process_to_two_with_the_same_bits(tmp_path, monkeypatch):
     workdir, whole = tmp_path / "run", Job.train_batches
     config = spread_config(mesh__fsdp=2)
     with monkeypatch.context() as patch:
-        patch.setattr(Job, "train_batches", lambda self, start: Cut(whole(self, start), 5, Killed))
+        patch.setattr(Job, "train_batches", lambda self, start: Cut(whole(self, start), 4, Killed))
         patch.setattr(trainer, "build", lambda config, **more: build(config, jax.devices()[:2], **more))
         patch.setattr(trainer.Loop, "_save_after", lambda *_: None)
         with pytest.raises(Killed):
