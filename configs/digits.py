@@ -1,8 +1,8 @@
 """A small ViT on scikit-learn's handwritten digits: real scans that travel with the package, no download.
 
 Task       1,797 grey images of 8x8 pixels, 10 classes; a fixed random 20 % (359) is held out.
-Result     98.1 % top-1 (98.3, 98.1, 98.1 with seeds 0, 1, 2; one image is 0.28 points)
-Cost       80 s on two CPU cores, compilation included
+Result     98.1 % top-1 (98.6, 98.3, 97.5 with seeds 0, 1, 2; one image is 0.28 points)
+Cost       80 s on two CPU cores, compilation included; 120 to 145 s where they are shared with a test run
 Command    python -m vit_flax.main --config configs/digits.py --workdir runs/digits
 """
 
