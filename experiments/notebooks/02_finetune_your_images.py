@@ -75,8 +75,8 @@ print(len(files), "pictures")
 # %%
 if CHECKPOINT is None:
     some = labels < 5
-    np.savez(work / "small.npz", train_image=images[some][200:], train_label=labels[some][200:].astype(np.int32),
-             test_image=images[some][:200], test_label=labels[some][:200].astype(np.int32))  # fmt: skip
+    np.savez(work / "small.npz", train_images=images[some][200:], train_labels=labels[some][200:].astype(np.int32),
+             test_images=images[some][:200], test_labels=labels[some][:200].astype(np.int32))  # fmt: skip
     config = digits.get_config()
     config.data.source = dict(name="arrays", path=str(work / "small.npz"))
     colour = [dict(op="decode", channels=3)]
