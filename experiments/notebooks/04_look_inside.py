@@ -44,6 +44,7 @@ config.checkpoint.every_epochs = config.evals.test.every_epochs = 40.0
 state, results = vit_flax.train(config, tempfile.mkdtemp())
 job = vit_flax.build(config)
 batch = next(iter(job.data.eval()))
+batch = {name: values[batch["mask"]] for name, values in batch.items()}  # without the padding
 pixels = jnp.asarray(batch["image"], jnp.float32) / 127.5 - 1
 print(f"accuracy {results['test/top1']:.3f}")
 
