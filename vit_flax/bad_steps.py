@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from vit_flax.sharding import local_rows
 from vit_flax.typing import Array
 
 
@@ -65,12 +66,5 @@ class BadSteps:
     def _dump(self, step: int, batch: Mapping[str, Array]) -> None:
         self._folder.mkdir(exist_ok=True)
         process = f"_process_{jax.process_index()}" if jax.process_count() > 1 else ""
-        arrays: dict[str, Any] = {name: _local_rows(x) for name, x in batch.items()}
+        arrays: dict[str, Any] = {name: local_rows(x) for name, x in batch.items()}
         np.savez(self._folder / f"step_{step}{process}.npz", **arrays)
-
-
-def _local_rows(x: Array) -> np.ndarray:
-    """The rows of a batch that this process holds."""
-    shards: list[Any] = [shard for shard in x.addressable_shards if shard.replica_id == 0]
-    shards.sort(key=lambda shard: shard.index[0].start or 0)
-    return np.concatenate([np.asarray(shard.data) for shard in shards])

@@ -207,6 +207,8 @@ class Job:
 
     def draw(self, batch: dict[str, jax.Array], writer: Writer) -> None:
         """Gives the writer a picture of a batch, as the augmentation leaves it."""
+        if not writer.active:
+            return
         images, labels = (sharding.local_rows(batch[name])[:24] for name in ("image", "label"))
         targets = labels if labels.ndim == 2 else np.eye(self.data.num_classes)[labels]
         change = bind(augment, "augment", self.sections["augment"])
