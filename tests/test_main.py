@@ -74,3 +74,17 @@ def test_a_config_that_is_not_there():
     assert done.returncode == 2
     assert "configs/nope.py" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_threads_of_a_failed_save_do_not_hold_up_the_end():
+    """Orbax leaves some, now and then, when the disk is full; they would wait for ten minutes."""
+    program = (
+        "import sys, threading, time; from absl import app; from vit_flax import main as launcher\n"
+        "class Left(threading.Thread): __module__ = 'orbax.checkpoint'\n"
+        "def run(config):\n    Left(target=time.sleep, args=(100,)).start()\n    raise OSError('disk full')\n"
+        "launcher._run = run\n"
+        "sys.argv += ['--config', 'tests/configs/tiny.py', '--workdir', 'unused']\n"
+        "app.run(launcher.main, flags_parser=launcher.parse_flags)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, text=True, capture_output=True, timeout=60)
+    assert (done.returncode, "error: disk full" in done.stderr) == (2, True)

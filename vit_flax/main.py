@@ -4,12 +4,15 @@ Exit codes: 0 done · 1 wrong command line · 2 an error with a message · 75 st
 command goes on from there).
 """
 
+import contextlib
 import difflib
 import os
 import re
 import runpy
 import sys
-from typing import NoReturn
+import threading
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -68,7 +71,7 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
     from vit_flax import distributed
 
-    with distributed.end_together():
+    with _without_waiting_for_failed_saves(), distributed.end_together():
         try:
             _run(config)
         except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
@@ -76,6 +79,23 @@ def main(argv: list[str]) -> None:
             if os.environ.get("VIT_FLAX_TRACEBACK") or several:
                 raise
             _stop(f"{error}\n(VIT_FLAX_TRACEBACK=1 shows where.)", code=2)
+
+
+@contextlib.contextmanager
+def _without_waiting_for_failed_saves() -> Iterator[None]:
+    """A save that failed may leave threads of Orbax that wait ten minutes, and Python waits for them when it ends."""
+    code: Any = None
+    try:
+        yield
+    except SystemExit as end:
+        code = end.code
+    # By now all that could be written has been: what still waits, waits in vain.
+    if any(not thread.daemon and type(thread).__module__.startswith("orbax.") for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or 0)
+    if code is not None:
+        sys.exit(code)
 
 
 def _run(config: ConfigDict) -> None:
