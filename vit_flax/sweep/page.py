@@ -139,7 +139,8 @@ def _parallel(rows: Sequence[Row], metric: str) -> str:
         marks.append(f'<text class="tick" x="{x:.0f}" y="16" text-anchor="middle">{escape(key)}</text>')
         for v in shown:
             y = height - bottom - place[v] * (height - top - bottom)
-            marks.append(f'<text class="tick" x="{x + 6:.0f}" y="{y + 4:.0f}">{escape(_plain(v))}</text>')
+            outside = f'x="{x - 6:.0f}" text-anchor="end"' if i == 0 else f'x="{x + 6:.0f}"'
+            marks.append(f'<text class="tick halo" {outside} y="{y + 4:.0f}">{escape(_plain(v))}</text>')
     lines = []
     for n, _ in enumerate(done):
         deep = round(9 * (axes[metric][n] - low) / (high - low)) if high > low else 5
