@@ -2,6 +2,7 @@ import csv
 import io
 import os
 import pickle
+import unicodedata
 
 import numpy as np
 import pytest
@@ -141,6 +142,19 @@ def test_a_picture_that_disappears_is_named(tmp_path):
         source[1]
 
 
+def test_the_two_forms_of_a_name_are_held_out_alike(tmp_path):
+    held_out = []
+    for form in ("NFC", "NFD"):
+        fill(
+            tmp_path / form,
+            [unicodedata.normalize(form, name) for name in ("caf\u00e9", "t\u00ea", "\u00e9t\u00e9")],
+            40,
+        )
+        paths = paths_of(Folder(root=tmp_path / form, split="val"))
+        held_out.append({unicodedata.normalize("NFC", path) for path in paths})
+    assert held_out[0] == held_out[1]
+
+
 def test_fingerprint_sees_another_file(tmp_path):
     fill(tmp_path, ["cat"])
     first, again = (Folder(root=tmp_path, split="all").fingerprint() for _ in range(2))
@@ -195,6 +209,9 @@ def test_table_without_splits(tmp_path):
         ([("path", "label"), ("x/0.jpg",)], ValueError, "line 2"),
         ([("path", "label"), ("x/0.jpg", "a", "b")], ValueError, "line 2"),
         ([("path", "label"), ("x/0.jpg", "a"), ("x/0.jpg", "b")], ValueError, "two labels, 'a' and 'b'"),
+        ([("path", "label"), ("x/0.jpg", "a"), ("./x/0.jpg", "b")], ValueError, "two labels, 'a' and 'b'"),
+        ([("path", "label"), ("x/0.jpg", "1"), ("x/1.jpg", "01")], ValueError, "two ways, e.g. '01' and 1"),
+        ([("path", "label", "split"), ("x/0.jpg", "a", "fit")], ValueError, "no split 'train'.*fit"),
         ([("path", "label"), ("x/7.jpg", "a"), ("y/8.jpg", "a")], FileNotFoundError, "2 files .*x/7.jpg, y/8.jpg"),
         ([("path", "label", "split"), ("x/0.jpg", "a", "train"), ("x/1.jpg", "b", "val")], ValueError, "'train': b"),
     ],
@@ -203,3 +220,29 @@ def test_bad_tables(tmp_path, rows, error, message):
     fill(tmp_path, ["x"])
     with pytest.raises(error, match=message):
         Folder(csv=write_table(tmp_path / "labels.csv", rows), split="train")
+
+
+def test_blanks_in_a_table_do_not_count(tmp_path):
+    fill(tmp_path, ["x"])
+    rows = [
+        ("path", "label", "split"),
+        ("x/0.jpg", "cat", "train"),
+        ("x/1.jpg", "cat ", " train"),
+        ("x/2.jpg", "cat", "val"),
+    ]
+    source = Folder(csv=write_table(tmp_path / "labels.csv", rows), split="train")
+    assert (source.class_names, len(source)) == (("cat",), 2)
+
+
+def test_a_table_in_another_encoding_is_named(tmp_path):
+    fill(tmp_path, ["x"])
+    (tmp_path / "labels.csv").write_bytes("path,label\nx/0.jpg,caf\u00e9\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"labels.csv is not UTF-8.*save it as UTF-8"):
+        Folder(csv=tmp_path / "labels.csv", split="train")
+
+
+def test_a_picture_in_two_splits_of_a_table_is_named(tmp_path, caplog):
+    fill(tmp_path, ["x"])
+    rows = [("path", "label", "split"), ("x/0.jpg", "a", "train"), ("x/1.jpg", "a", "train"), ("./x/1.jpg", "a", "val")]
+    Folder(csv=write_table(tmp_path / "labels.csv", rows), split="train")
+    assert "1 pictures are in more than one split: x/1.jpg" in caplog.text

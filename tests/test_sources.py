@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from vit_flax.data.sources import SOURCES, Source, make_source
+from vit_flax.data.sources import SOURCES, Source, make_source, parse_source
 
 
 def small_arrays(num_examples=6, num_classes=3):
@@ -16,6 +16,12 @@ def small_arrays(num_examples=6, num_classes=3):
 def test_unknown_name_is_answered_with_the_known_ones():
     with pytest.raises(ValueError, match="did you mean 'digits'"):
         make_source(name="digit", split="train")
+
+
+def test_a_source_on_a_command_line():
+    words = ["folder", "root=2012", "held_out_percent=20", "class_names=['a', 'b']"]
+    expected = {"name": "folder", "root": "2012", "held_out_percent": 20, "class_names": ["a", "b"]}
+    assert parse_source(words) == expected
 
 
 @pytest.mark.parametrize("kind", ["memory", "npz", "npy"])

@@ -5,6 +5,7 @@ decoding, checking and batching are the pipeline's. `make_source(name=..., split
 """
 
 import ast
+import contextlib
 import difflib
 import os
 from collections.abc import Callable, Sequence
@@ -62,7 +63,7 @@ def make_source(*, name: str, split: str, **kwargs: Any) -> Source:
 def parse_source(words: Sequence[str]) -> dict[str, Any]:
     """Reads a source from a command line: ["folder", "root=DIR"] -> {"name": "folder", "root": "DIR"}.
 
-    Values are Python literals where they can be read as such, else text.
+    Values are Python literals where they can be read as such, else text; paths and names are always text.
 
     Raises:
       ValueError: a word after the first that is no key=value.
@@ -72,11 +73,14 @@ def parse_source(words: Sequence[str]) -> dict[str, Any]:
         key, equals, value = word.partition("=")
         if not equals or not key.isidentifier():
             raise ValueError(f"expected key=value after the source's name, found {word!r}")
-        try:
-            source[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            source[key] = value
+        source[key] = value
+        if key not in _TEXTS:
+            with contextlib.suppress(ValueError, SyntaxError):
+                source[key] = ast.literal_eval(value)
     return source
+
+
+_TEXTS = {"root", "csv", "path", "directory", "data_dir", "dataset", "config", "revision"}  # a folder called 2012
 
 
 class Tfds:
