@@ -294,6 +294,9 @@ class ThreeAugment:
     color_jitter: float = 0.3
     random: ClassVar[bool] = True
 
+    def __post_init__(self):
+        ColorJitter(self.color_jitter)
+
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         name = ("grayscale", "solarize", "gaussian_blur")[rng.integers(3)]
         amount = {"grayscale": 0, "solarize": 128, "gaussian_blur": rng.uniform(0.1, 2.0)}[name]

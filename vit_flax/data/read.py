@@ -76,7 +76,12 @@ class Reader:
     def _read(self, row: int, rng: np.random.Generator | None) -> dict[str, Any]:
         example = self.source[int(row)]
         label = checked_label(example, len(self.source.class_names))
-        image = self.transform(example, rng)["image"]
+        try:
+            image = self.transform(example, rng)["image"]
+        except DecodeError:
+            raise
+        except ValueError as error:  # of an operation, which does not know what it works on
+            raise ValueError(f"{example['id']}: {error}") from error
         if image.dtype != np.uint8 or image.ndim != 3:
             found = f"{image.dtype} {image.shape}"
             raise ValueError(f"{example['id']}: expected uint8 [h, w, c] after the transforms, found {found}")
@@ -99,7 +104,10 @@ class Reader:
             except (DecodeError, OSError) as error:
                 self._report(candidate, error)
                 last_error = error
-        raise ValueError(f"too many bad records in a row, none of {MAX_BAD_IN_A_ROW} could be read") from last_error
+        count = min(len(self.source), MAX_BAD_IN_A_ROW)
+        raise ValueError(
+            f"too many bad records in a row, none of {count} could be read; the last: {last_error}"
+        ) from last_error
 
     def _report(self, row: int, error: Exception) -> None:
         if row not in self._reported:
