@@ -206,6 +206,12 @@ def test_label_out_of_range_names_the_record(label, decode_once):
         list(eval_batches(source, **arguments))
 
 
+@pytest.mark.parametrize("label", [1.5, None])
+def test_a_label_that_is_no_whole_number_names_the_record(label):
+    with pytest.raises(ValueError, match=rf"row 1: expected a whole number as label, found {label}"):
+        list(eval_batches(labelled([0, label]), transform=AsIs(), batch_size=2))
+
+
 def test_a_broken_iterator_stays_broken():
     batches = train_batches(labelled([0, 9]), transform=AsIs(), batch_size=1, seed=0, decode_once=False)
     for _ in range(2):

@@ -110,11 +110,13 @@ def test_bad_pictures(folder, tmp_path, capsys):
     words = ["--source", "folder", f"root={folder}", "--splits", "train", "--out", str(tmp_path / "out")]
     assert main([*words, "--num_workers", "1"]) == 2
     assert str(bad) in capsys.readouterr().err
-    assert main([*words[:-1], str(tmp_path / "other"), "--num_workers", "1", "--on_error", "skip"]) == 0
+    assert main([*words, "--num_workers", "1", "--on_error", "skip"]) == 0  # goes on in the same folder
     printed = capsys.readouterr().out
     assert f"skipped: cannot decode '{bad}'" in printed
     assert "train 9; 1 skipped" in printed
-    assert len(make_source(name="records", directory=tmp_path / "other", split="train")) == 9
+    assert len(make_source(name="records", directory=tmp_path / "out", split="train")) == 9
+    assert main([*words, "--num_workers", "1"]) == 2  # the other way, pictures would be missing
+    assert "other on_error" in capsys.readouterr().err
 
 
 def test_a_killed_preparation_goes_on(folder, tmp_path, monkeypatch):

@@ -81,6 +81,26 @@ def test_tf_examples(tmp_path):
     assert len(val) == 1
 
 
+def test_an_equals_sign_in_a_path(tmp_path):
+    folder = tmp_path / "day=1"
+    folder.mkdir()
+    for name in ("a", "b"):
+        write_tfrecord(folder / name, [example(b"x", 0)])
+    (tmp_path / "names.txt").write_text("cat\n")
+    words = [f"train={folder}/a", f"{folder}/b", "--out", str(tmp_path / "out")]
+    assert tfrecord.main([*words, "--class_names", str(tmp_path / "names.txt")]) == 0
+    assert len(make_source(name="records", directory=tmp_path / "out", split="train")) == 2
+
+
+def test_an_earlier_conversion_is_not_taken_for_this_one(tmp_path, capsys):
+    write_tfrecord(tmp_path / "train-0", [example(b"a", 1)])
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    words = [f"train={tmp_path}/train-0", "--out", str(tmp_path / "out"), "--class_names", str(tmp_path / "names.txt")]
+    assert tfrecord.main(words) == 0
+    assert tfrecord.main([*words, "--label_offset=-1"]) == 2
+    assert "holds something already" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [

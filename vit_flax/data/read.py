@@ -136,6 +136,8 @@ def checked_label(example: Example, num_classes: int) -> np.ndarray:
         if len(label) != num_classes or not np.isin(label, (0, 1)).all():
             raise ValueError(f"{example['id']}: expected {num_classes} zeros and ones as label, found {label}")
         return label.astype(np.uint8)
+    if label.dtype.kind not in "iu":
+        raise ValueError(f"{example['id']}: expected a whole number as label, found {example['label']!r}")
     if label.ndim or not 0 <= label < num_classes:
         raise ValueError(f"{example['id']}: label {label} is outside 0..{num_classes - 1} ({num_classes} classes)")
     return label.astype(np.int32)

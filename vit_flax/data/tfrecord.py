@@ -14,6 +14,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +37,9 @@ def convert_tfds(directory: str | os.PathLike[str], out: str | os.PathLike[str])
 
     Raises:
       ValueError: no such data set, or a shard with another number of records than it says.
+      FileExistsError: `out` holds something already.
     """
+    out = _absent(out)
     source = Path(directory).expanduser()
     if not (source / TFDS_INFO).exists():
         raise FileNotFoundError(f"expected a data set that TFDS prepared (with {TFDS_INFO}) in {source}")
@@ -61,7 +64,7 @@ def convert_tfds(directory: str | os.PathLike[str], out: str | os.PathLike[str])
                 shutil.copy(file, scratch)
         (scratch / TFDS_INFO).write_text(json.dumps({**info, "fileFormat": "array_record"}, indent=2), encoding="utf-8")
 
-    return write_once(Path(out).expanduser().absolute(), write, marker=TFDS_INFO)
+    return write_once(out, write, marker=TFDS_INFO)
 
 
 def convert_examples(
@@ -85,7 +88,9 @@ def convert_examples(
 
     Raises:
       ValueError: a record without these features, or with a label that no class has; it is named.
+      FileExistsError: `out` holds something already.
     """
+    out = _absent(out)
 
     def examples(file: Path) -> Iterator[bytes]:
         for row, record in enumerate(read_tfrecord(file)):
@@ -106,7 +111,7 @@ def convert_examples(
         digest = hashlib.sha256(json.dumps(index).encode()).hexdigest()[:16]
         (scratch / records.INDEX).write_text(json.dumps({**index, "digest": digest}, indent=1), encoding="utf-8")
 
-    return write_once(Path(out).expanduser().absolute(), write, marker=records.INDEX)
+    return write_once(out, write, marker=records.INDEX)
 
 
 def read_tfrecord(path: Path) -> Iterator[bytes]:
@@ -134,6 +139,14 @@ def _parse_example(record: bytes, image_key: str, label_key: str, record_id: str
     return {"image": images[0], "label": labels[0], "id": record_id}
 
 
+def _absent(out: str | os.PathLike[str]) -> Path:
+    """The folder to write: what an earlier conversion left there may be of other files, or with other labels."""
+    out = Path(out).expanduser().absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} holds something already; remove it or choose another folder")
+    return out
+
+
 def _progress(shards: Sequence[Path]) -> Iterator[Path]:
     from rich.console import Console
     from rich.progress import track
@@ -152,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--class_names", help="text file with one class name per line")
     arguments = parser.parse_args(argv)
     try:
-        if len(arguments.source) == 1 and "=" not in arguments.source[0]:
+        if len(arguments.source) == 1 and not _SPLIT.match(arguments.source[0]):
             out = convert_tfds(arguments.source[0], arguments.out)
             name = "tfds"
         else:
@@ -165,12 +178,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+_SPLIT = re.compile(r"([\w-]+)=")  # a path may hold an equals sign, too: train=/data/day=1/part-*
+
+
 def _convert_examples(arguments: argparse.Namespace) -> Path:
     files: dict[str, list[Path]] = {}
     split = ""
     for word in arguments.source:  # the shell may have expanded the pattern: train=a-0 a-1 val=b-0
-        name, equals, pattern = word.rpartition("=")
-        split = name if equals else split
+        match = _SPLIT.match(word)
+        split, pattern = (match[1], word[match.end() :]) if match else (split, word)
         files.setdefault(split, []).extend(Path(path) for path in sorted(glob.glob(os.path.expanduser(pattern))))
     if "" in files or not all(files.values()):
         raise ValueError(f"expected SPLIT=FILES with at least one file each, found {arguments.source}")
