@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from vit_flax.data import prepare as prepare_module
+from vit_flax.data.check import check
 from vit_flax.data.decode import DecodeError
 from vit_flax.data.prepare import encode_picture, main, prepare
 from vit_flax.data.sources import make_source
@@ -176,6 +177,20 @@ def test_bad_arguments(folder, tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         prepare({"name": "folder", "root": folder}, out=tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_damaged_shards_and_records_are_named(folder, tmp_path):
+    out = prepare({"name": "folder", "root": folder}, splits=["train"], out=tmp_path / "out", short_side_px=None)
+    shard = out / "train-00000-of-00001.array_record"
+    data = shard.read_bytes()
+    shard.write_bytes(data[:1500] + bytes(byte ^ 0xFF for byte in data[1500:1600]) + data[1600:])
+    (*_, report) = check(make_source(name="records", directory=out, split="train"))
+    assert len(report.problems) in (1, 2)
+    assert f"'{out}:train[" in report.problems[0]
+    assert "the record is damaged" in report.problems[0]
+    shard.write_bytes(data[:-1000])
+    with pytest.raises(ValueError, match=f"{shard} is damaged"):
+        make_source(name="records", directory=out, split="train")
 
 
 def test_a_missing_shard_is_named(folder, tmp_path):

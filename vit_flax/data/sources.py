@@ -17,6 +17,7 @@ import numpy as np
 from vit_flax.data.archives import cifar10, cifar100, fashion_mnist, mnist
 from vit_flax.data.arrays import Arrays
 from vit_flax.data.datadir import data_dir_or_default
+from vit_flax.data.decode import DecodeError
 from vit_flax.data.folder import Folder
 from vit_flax.data.huggingface import HuggingFace
 from vit_flax.data.records import Records
@@ -146,11 +147,15 @@ class Tfds:
             raise IndexError(
                 f"{index} is outside 0..{len(self) - 1} of {self!r}"
             )  # a ValueError would not end a for loop
-        record = self._records[index]
+        record_id = f"{self.name}:{self.split}[{index}]"
+        try:
+            record = self._records[index]
+        except RuntimeError as error:  # of array_record
+            raise DecodeError(record_id, f"the record is damaged: {error}") from error
         label = record[self._label_key]
         if self._multi_label:
             label = _multi_hot(label, len(self.class_names))
-        return {"image": record[self._image_key], "label": label, "id": f"{self.name}:{self.split}[{index}]"}
+        return {"image": record[self._image_key], "label": label, "id": record_id}
 
     def __repr__(self) -> str:
         return f"Tfds({self.name}, split={self.split!r}, {len(self)} examples)"
