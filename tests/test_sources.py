@@ -74,6 +74,16 @@ def test_arrays_of_the_wrong_kind(images, labels, message):
         make_source(name="arrays", split="train", arrays={"train": (images, labels)})
 
 
+def test_damaged_files_of_arrays_are_named(tmp_path):
+    images, labels = small_arrays()
+    np.savez(tmp_path / "set.npz", train_images=images, train_labels=labels)
+    data = (tmp_path / "set.npz").read_bytes()
+    for damaged in (b"", b"hello", data[:-50], data.replace(images.tobytes()[:50], bytes(50))):
+        (tmp_path / "set.npz").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"cannot read arrays from .*set.npz: "):
+            make_source(name="arrays", path=tmp_path / "set.npz", split="train")
+
+
 def test_missing_split_says_what_there_is():
     with pytest.raises(ValueError, match=r"'test'.*\['train'\]"):
         make_source(name="arrays", split="test", arrays={"train": small_arrays()})
