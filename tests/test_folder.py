@@ -118,6 +118,12 @@ def test_a_class_whose_pictures_are_all_held_out(tmp_path):
         Folder(root=tmp_path, split="train", held_out_percent=99.9)
 
 
+def test_too_few_pictures_to_hold_any_out(tmp_path):
+    fill(tmp_path, ["cat", "dog"], 2)
+    with pytest.raises(ValueError, match=r"none of the 4 pictures .* held-out 0.001 %; .*raise held_out_percent"):
+        Folder(root=tmp_path, split="val", held_out_percent=0.001)
+
+
 def test_names_that_are_not_utf8_are_named(tmp_path):
     fill(tmp_path, ["cat"])
     try:

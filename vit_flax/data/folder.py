@@ -170,6 +170,11 @@ def _split_by_hash(
             f"classes of {root} with all pictures in the held-out {held_out_percent} %: {_some(empty)}; "
             "add pictures, or split by train/ and val/ folders"
         )
+    if split == "val" and not any(held_out):
+        raise ValueError(
+            f"none of the {len(pictures)} pictures of {root} falls into the held-out {held_out_percent} %; "
+            "add pictures, raise held_out_percent, or split by train/ and val/ folders"
+        )
     return [picture for picture, held in zip(pictures, held_out) if held == (split == "val")]
 
 
