@@ -252,3 +252,10 @@ def test_a_picture_in_two_splits_of_a_table_is_named(tmp_path, caplog):
     rows = [("path", "label", "split"), ("x/0.jpg", "a", "train"), ("x/1.jpg", "a", "train"), ("./x/1.jpg", "a", "val")]
     Folder(csv=write_table(tmp_path / "labels.csv", rows), split="train")
     assert "1 pictures are in more than one split: x/1.jpg" in caplog.text
+
+
+def test_a_quotation_mark_that_is_never_closed(tmp_path):
+    fill(tmp_path, ["x"])
+    (tmp_path / "labels.csv").write_text('path,label\nx/0.jpg,"cat\nx/1.jpg,cat\nx/2.jpg,dog\n')
+    with pytest.raises(ValueError, match=r"labels.csv, line 4: .*check the quotation marks"):
+        Folder(csv=tmp_path / "labels.csv", split="all")

@@ -214,23 +214,24 @@ def _read_csv(file: Path) -> list[tuple[str, str, str | None]]:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 ({error}); save it as UTF-8") from error
-    with io.StringIO(text, newline="") as lines:
-        table = csv_format.DictReader(lines)
-        columns = table.fieldnames or ()
-        if not {"path", "label"} <= set(columns):
-            raise ValueError(
-                f"expected a first line with the columns path,label (and split) in {file}, found {columns}"
-            )
-        rows, labels = [], {}
-        for row in table:
-            path, label = row["path"], (row["label"] or "").strip()
-            split = (row["split"] or "").strip() if "split" in columns else None
-            if not path or not label or split == "" or None in row:
-                raise ValueError(f"{file}, line {table.line_num}: expected {','.join(columns)}, found {row}")
-            first = labels.setdefault(os.path.normpath(path), label)
-            if first != label:
-                raise ValueError(f"{file}, line {table.line_num}: {path} has two labels, {first!r} and {label!r}")
-            rows.append((path, unicodedata.normalize("NFC", label), split))
+    rows, labels = [], {}
+    table = csv_format.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        lines = [(table.line_num, row) for row in table]
+    except csv_format.Error as error:  # a quotation mark that is never closed would make one label of all that follows
+        raise ValueError(f"{file}, line {table.reader.line_num}: {error}; check the quotation marks") from error
+    columns = table.fieldnames or ()
+    if not {"path", "label"} <= set(columns):
+        raise ValueError(f"expected a first line with the columns path,label (and split) in {file}, found {columns}")
+    for line, row in lines:
+        path, label = row["path"], (row["label"] or "").strip()
+        split = (row["split"] or "").strip() if "split" in columns else None
+        if not path or not label or split == "" or None in row:
+            raise ValueError(f"{file}, line {line}: expected {','.join(columns)}, found {row}")
+        first = labels.setdefault(os.path.normpath(path), label)
+        if first != label:
+            raise ValueError(f"{file}, line {line}: {path} has two labels, {first!r} and {label!r}")
+        rows.append((path, unicodedata.normalize("NFC", label), split))
     if not rows:
         raise ValueError(f"{file} lists no pictures")
     return rows
