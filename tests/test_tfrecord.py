@@ -1,3 +1,4 @@
+import gzip
 import json
 import re
 import struct
@@ -117,6 +118,25 @@ def test_bad_tf_examples(tmp_path, capsys, record, message):
     assert tfrecord.main(words) == 2
 
     assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (gzip.compress(b"x" * 100), "train-0 is compressed: gunzip it first"),
+        (b"some text that somebody took for records" * 3, "train-0 ends early or is no TFRecord file"),
+        (struct.pack("<QI", 3, 0) + b"abc" + bytes(4), r"train-0\[0\] is no tf.train.Example"),
+        (b"", "the files of 'train' hold no record: .*train-0"),
+    ],
+    ids=["compressed", "text", "other records", "empty"],
+)
+def test_files_that_hold_no_examples(tmp_path, capsys, data, message):
+    (tmp_path / "train-0").write_bytes(data)
+    (tmp_path / "names.txt").write_text("a\n")
+    words = [f"train={tmp_path}/train-0", "--out", str(tmp_path / "out"), "--class_names", str(tmp_path / "names.txt")]
+    assert tfrecord.main(words) == 2
+    assert re.search(message, capsys.readouterr().err.replace("\n", ""))
     assert not (tmp_path / "out").exists()
 
 

@@ -153,7 +153,9 @@ _ENHANCERS = ("color", "contrast", "brightness", "sharpness")
 TIMM_OPS: dict[str, Callable] = {
     **_NO_AMOUNT,
     **_MOVES,
-    **dict.fromkeys(("translate_x_fraction", "translate_y_fraction"), lambda level, rng: _signed(level / 10 * 0.45, rng)),
+    **dict.fromkeys(
+        ("translate_x_fraction", "translate_y_fraction"), lambda level, rng: _signed(level / 10 * 0.45, rng)
+    ),
     **dict.fromkeys(_ENHANCERS, lambda level, rng: 0.18 * level + 0.1),
     "posterize": lambda level, rng: int(level / 10 * 4),
     "solarize": lambda level, rng: min(256, int(level / 10 * 256)),

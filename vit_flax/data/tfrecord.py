@@ -92,9 +92,14 @@ def convert_examples(
     """
     out = _absent(out)
 
+    # Before the progress bar, whose thread must not import anything while this import is under way.
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    new_example = tf_example_pb2.Example  # pyright: ignore[reportAttributeAccessIssue]
+
     def examples(file: Path) -> Iterator[bytes]:
         for row, record in enumerate(read_tfrecord(file)):
-            example = _parse_example(record, image_key, label_key, f"{file}[{row}]")
+            example = _parse_example(new_example(), record, image_key, label_key, f"{file}[{row}]")
             example["label"] += label_offset
             checked_label(example, len(class_names))
             yield records.pack(example)
@@ -106,6 +111,8 @@ def convert_examples(
             counts = [
                 records.write_shard(scratch / name, examples(shard)) for name, shard in zip(names, _progress(shards))
             ]
+            if not sum(counts):
+                raise ValueError(f"the files of {split!r} hold no record: {', '.join(map(str, shards[:5]))}")
             splits[split] = {"shards": dict(zip(names, counts))}
         index = {"name": "tfrecord", "class_names": list(class_names), "splits": splits}
         digest = hashlib.sha256(json.dumps(index).encode()).hexdigest()[:16]
@@ -115,19 +122,31 @@ def convert_examples(
 
 
 def read_tfrecord(path: Path) -> Iterator[bytes]:
-    """The records of one file."""
-    import grain
+    """The records of one file: each a length, a checksum of it, the data, a checksum of them.
+
+    Raises:
+      ValueError: the file ends early, is compressed, or is no TFRecord file.
+    """
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        while header := file.read(12):
+            start = file.tell()
+            if start == 12 and header[:2] == b"\x1f\x8b":
+                raise ValueError(f"{path} is compressed: gunzip it first")
+            length = int.from_bytes(header[:8], "little")
+            if start + length + 4 > size:  # whatever the length says: it may ask for all the memory there is
+                raise ValueError(f"{path} ends early or is no TFRecord file: {size} bytes, {length} more from {start}")
+            yield file.read(length)
+            file.seek(4, os.SEEK_CUR)
+
+
+def _parse_example(example: Any, record: bytes, image_key: str, label_key: str, record_id: str) -> dict[str, Any]:
+    from google.protobuf.message import DecodeError
 
     try:
-        yield from grain.experimental.TFRecordIterDataset(str(path))
-    except ValueError as error:
-        raise ValueError(f"{path} ends early or is no TFRecord file: {error}") from error
-
-
-def _parse_example(record: bytes, image_key: str, label_key: str, record_id: str) -> dict[str, Any]:
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    example = tf_example_pb2.Example.FromString(record)  # pyright: ignore[reportAttributeAccessIssue]
+        example.ParseFromString(record)
+    except DecodeError as error:
+        raise ValueError(f"{record_id} is no tf.train.Example: {error}") from error
     features = example.features.feature
     for key in (image_key, label_key):
         if key not in features:
