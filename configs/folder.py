@@ -17,9 +17,12 @@ from ml_collections import ConfigDict
 def get_config(root: str = "") -> ConfigDict:
     """Trains on the pictures below `root`, which comes after the colon of --config."""
     folder = Path(root).expanduser().absolute()
-    in_splits = (folder / "train").is_dir()
+    in_train = list((folder / "train").glob("[!.]*"))
+    pictures = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+    # With pictures in it, "train" is a class.
+    in_splits = any(p.is_dir() for p in in_train) and not any(p.suffix.lower() in pictures for p in in_train)
     held_out = next((name for name in ("val", "validation", "test") if in_splits and (folder / name).is_dir()), "val")
-    classes = [path for path in (folder / "train" if in_splits else folder).glob("[!.]*") if path.is_dir()]
+    classes = [path for path in (in_train if in_splits else folder.glob("[!.]*")) if path.is_dir()]
     config = ConfigDict()
     config.run = dict(seed=0, total_epochs=100.0, log_every_steps=20)
     config.data = dict(

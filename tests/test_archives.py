@@ -124,6 +124,16 @@ def test_an_absent_archive_is_asked_for(tmp_path):
     assert "server" not in message
 
 
+def test_all_absent_files_are_asked_for_at_once(tmp_path, genuine):
+    write_mnist(tmp_path / "mnist")
+    genuine("mnist", tmp_path / "mnist")
+    for file in ("train-labels-idx1-ubyte.gz", "t10k-images-idx3-ubyte.gz"):
+        (tmp_path / "mnist" / file).unlink()
+    with pytest.raises(FileNotFoundError, match=r"train-labels.*, t10k-images.*put them into") as error:
+        make_source(name="mnist", split="train", data_dir=tmp_path, download=False)
+    assert "train-images" not in str(error.value)
+
+
 def test_a_server_that_does_not_answer_is_not_waited_for(tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:  # takes the call, and says nothing
         url = f"http://127.0.0.1:{server.getsockname()[1]}"

@@ -41,6 +41,13 @@ def test_all_bad_files_are_listed_at_once(folder, capsys):
     assert "3 bad; 2 classes of 1 to 2" in lines[-1]
 
 
+def test_all_files_are_bad(folder, capsys):
+    for path in folder.rglob("*.jpg"):
+        path.write_bytes(b"")
+    assert main(["--source", "folder", f"root={folder}", "--splits", "train"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "train: 6 records, 6 bad; 2 classes of 0 to 0"
+
+
 def test_a_file_that_disappeared(folder):
     from vit_flax.data.folder import Folder
 

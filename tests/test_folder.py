@@ -2,6 +2,7 @@ import csv
 import io
 import os
 import pickle
+import unicodedata
 
 import numpy as np
 import pytest
@@ -117,6 +118,12 @@ def test_a_class_whose_pictures_are_all_held_out(tmp_path):
         Folder(root=tmp_path, split="train", held_out_percent=99.9)
 
 
+def test_too_few_pictures_to_hold_any_out(tmp_path):
+    fill(tmp_path, ["cat", "dog"], 2)
+    with pytest.raises(ValueError, match=r"none of the 4 pictures .* held-out 0.001 %; .*raise held_out_percent"):
+        Folder(root=tmp_path, split="val", held_out_percent=0.001)
+
+
 def test_names_that_are_not_utf8_are_named(tmp_path):
     fill(tmp_path, ["cat"])
     try:
@@ -139,6 +146,19 @@ def test_a_picture_that_disappears_is_named(tmp_path):
     (tmp_path / "cat" / "1.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=r"cat/1.jpg"):
         source[1]
+
+
+def test_the_two_forms_of_a_name_are_held_out_alike(tmp_path):
+    held_out = []
+    for form in ("NFC", "NFD"):
+        fill(
+            tmp_path / form,
+            [unicodedata.normalize(form, name) for name in ("caf\u00e9", "t\u00ea", "\u00e9t\u00e9")],
+            40,
+        )
+        paths = paths_of(Folder(root=tmp_path / form, split="val"))
+        held_out.append({unicodedata.normalize("NFC", path) for path in paths})
+    assert held_out[0] == held_out[1]
 
 
 def test_fingerprint_sees_another_file(tmp_path):
@@ -195,6 +215,9 @@ def test_table_without_splits(tmp_path):
         ([("path", "label"), ("x/0.jpg",)], ValueError, "line 2"),
         ([("path", "label"), ("x/0.jpg", "a", "b")], ValueError, "line 2"),
         ([("path", "label"), ("x/0.jpg", "a"), ("x/0.jpg", "b")], ValueError, "two labels, 'a' and 'b'"),
+        ([("path", "label"), ("x/0.jpg", "a"), ("./x/0.jpg", "b")], ValueError, "two labels, 'a' and 'b'"),
+        ([("path", "label"), ("x/0.jpg", "1"), ("x/1.jpg", "01")], ValueError, "two ways, e.g. '01' and 1"),
+        ([("path", "label", "split"), ("x/0.jpg", "a", "fit")], ValueError, "no split 'train'.*fit"),
         ([("path", "label"), ("x/7.jpg", "a"), ("y/8.jpg", "a")], FileNotFoundError, "2 files .*x/7.jpg, y/8.jpg"),
         ([("path", "label", "split"), ("x/0.jpg", "a", "train"), ("x/1.jpg", "b", "val")], ValueError, "'train': b"),
     ],
@@ -203,3 +226,36 @@ def test_bad_tables(tmp_path, rows, error, message):
     fill(tmp_path, ["x"])
     with pytest.raises(error, match=message):
         Folder(csv=write_table(tmp_path / "labels.csv", rows), split="train")
+
+
+def test_blanks_in_a_table_do_not_count(tmp_path):
+    fill(tmp_path, ["x"])
+    rows = [
+        ("path", "label", "split"),
+        ("x/0.jpg", "cat", "train"),
+        ("x/1.jpg", "cat ", " train"),
+        ("x/2.jpg", "cat", "val"),
+    ]
+    source = Folder(csv=write_table(tmp_path / "labels.csv", rows), split="train")
+    assert (source.class_names, len(source)) == (("cat",), 2)
+
+
+def test_a_table_in_another_encoding_is_named(tmp_path):
+    fill(tmp_path, ["x"])
+    (tmp_path / "labels.csv").write_bytes("path,label\nx/0.jpg,caf\u00e9\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"labels.csv is not UTF-8.*save it as UTF-8"):
+        Folder(csv=tmp_path / "labels.csv", split="train")
+
+
+def test_a_picture_in_two_splits_of_a_table_is_named(tmp_path, caplog):
+    fill(tmp_path, ["x"])
+    rows = [("path", "label", "split"), ("x/0.jpg", "a", "train"), ("x/1.jpg", "a", "train"), ("./x/1.jpg", "a", "val")]
+    Folder(csv=write_table(tmp_path / "labels.csv", rows), split="train")
+    assert "1 pictures are in more than one split: x/1.jpg" in caplog.text
+
+
+def test_a_quotation_mark_that_is_never_closed(tmp_path):
+    fill(tmp_path, ["x"])
+    (tmp_path / "labels.csv").write_text('path,label\nx/0.jpg,"cat\nx/1.jpg,cat\nx/2.jpg,dog\n')
+    with pytest.raises(ValueError, match=r"labels.csv, line 4: .*check the quotation marks"):
+        Folder(csv=tmp_path / "labels.csv", split="all")

@@ -50,6 +50,13 @@ def test_the_layouts_of_a_folder(tmp_path, layout, eval_split):
     assert job.data.image_shape == (32, 32, 3)
 
 
+def test_a_class_may_be_called_train(tmp_path):
+    fill(tmp_path, ["train", "plane"], 40)
+    config = folder.get_config(str(tmp_path))
+    assert (config.model.num_classes, config.data.eval_split) == (2, "val")
+    assert build(shrunk(tmp_path)).data.class_names == ("plane", "train")
+
+
 def test_trains_and_evaluates_and_counts_what_it_skips(tmp_path, caplog):
     pictures = fill(tmp_path / "pictures", ["cat", "dog"], 40)
     data = build(shrunk(pictures)).data

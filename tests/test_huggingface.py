@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vit_flax.data.check import check
 from vit_flax.data.pipeline import eval_batches
 from vit_flax.data.sources import Source, make_source
 from vit_flax.data.transforms import make_transform
@@ -65,6 +66,17 @@ def test_one_split_and_labels_as_text(tmp_path):
     wrong = make_source(name="hf", dataset=str(tmp_path), split="train", class_names=["cat", "emu"])
     with pytest.raises(ValueError, match=r"\[0\] has the label 'dog', which is none of"):
         wrong[0]
+
+
+def test_rows_without_a_picture_or_a_label_are_named(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    images = [{"bytes": png(0), "path": None}, None]
+    datasets.Dataset.from_dict({"image": images, "label": [None, 1]}, features=features).save_to_disk(str(tmp_path))
+    (*_, report) = check(make_source(name="hf", dataset=str(tmp_path), split="train"))
+    assert report.problems == [
+        f"{tmp_path}:train[0]: expected a whole number as label, found None",
+        f"cannot decode '{tmp_path}:train[1]': the column 'image' is empty in this row",
+    ]
 
 
 @pytest.mark.parametrize(

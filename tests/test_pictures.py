@@ -37,6 +37,13 @@ def test_caption(target, text):
     assert caption(np.array(target), ["cat", "dog", "elk"]) == text
 
 
+def test_names_that_the_font_lacks():
+    names = ["caf\u00e9", "\u732b", "dog"]
+    assert [caption(target, names) for target in np.eye(3)] == ["cafe", "class 1", "dog"]
+    plain = confusion(np.eye(3), ["cafe", "class 1", "dog"])
+    np.testing.assert_array_equal(confusion(np.eye(3), names), plain)
+
+
 @pytest.mark.parametrize("count", [2, 10, 40, 100])
 def test_confusion_shades_rows_by_their_sums(count):
     matrix = np.eye(count, dtype=int) * 9

@@ -9,6 +9,7 @@ from vit_flax.data import make_data
 from vit_flax.data.arrays import Arrays
 from vit_flax.data.decode import DecodeError
 from vit_flax.data.pipeline import Ahead, Order, eval_batches, train_batches
+from vit_flax.data.transforms import make_transform
 
 
 class AsIs:
@@ -205,6 +206,12 @@ def test_label_out_of_range_names_the_record(label, decode_once):
         list(eval_batches(source, **arguments))
 
 
+@pytest.mark.parametrize("label", [1.5, None])
+def test_a_label_that_is_no_whole_number_names_the_record(label):
+    with pytest.raises(ValueError, match=rf"row 1: expected a whole number as label, found {label}"):
+        list(eval_batches(labelled([0, label]), transform=AsIs(), batch_size=2))
+
+
 def test_a_broken_iterator_stays_broken():
     batches = train_batches(labelled([0, 9]), transform=AsIs(), batch_size=1, seed=0, decode_once=False)
     for _ in range(2):
@@ -345,8 +352,15 @@ def test_skipped_records_are_masked_in_evaluation(decode_once):
     assert batches.skipped == {0: 1, 7: 1}
 
 
+def test_an_operation_that_cannot_work_names_the_record():
+    source = Rows([(np.zeros((height, 8, 3), np.uint8), 0) for height in (8, 8, 5)])
+    transform = make_transform([{"op": "central_crop", "size_px": 6}])
+    with pytest.raises(ValueError, match=r"row 2: central_crop needs 6 x 6 pixels"):
+        list(eval_batches(source, transform=transform, batch_size=3))
+
+
 def test_skipping_gives_up_where_everything_is_bad():
-    with pytest.raises(ValueError, match="too many bad records"):
+    with pytest.raises(ValueError, match=r"too many bad records in a row, none of 10 .*; the last: .*row 9"):
         train_batches(Fails(10, set(range(10))), transform=AsIs(), batch_size=5, seed=0, on_error="skip")
 
 

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from vit_flax.data import prepare as prepare_module
+from vit_flax.data.check import check
 from vit_flax.data.decode import DecodeError
 from vit_flax.data.prepare import encode_picture, main, prepare
 from vit_flax.data.sources import make_source
@@ -110,11 +111,13 @@ def test_bad_pictures(folder, tmp_path, capsys):
     words = ["--source", "folder", f"root={folder}", "--splits", "train", "--out", str(tmp_path / "out")]
     assert main([*words, "--num_workers", "1"]) == 2
     assert str(bad) in capsys.readouterr().err
-    assert main([*words[:-1], str(tmp_path / "other"), "--num_workers", "1", "--on_error", "skip"]) == 0
+    assert main([*words, "--num_workers", "1", "--on_error", "skip"]) == 0  # goes on in the same folder
     printed = capsys.readouterr().out
     assert f"skipped: cannot decode '{bad}'" in printed
     assert "train 9; 1 skipped" in printed
-    assert len(make_source(name="records", directory=tmp_path / "other", split="train")) == 9
+    assert len(make_source(name="records", directory=tmp_path / "out", split="train")) == 9
+    assert main([*words, "--num_workers", "1"]) == 2  # the other way, pictures would be missing
+    assert "other on_error" in capsys.readouterr().err
 
 
 def test_a_killed_preparation_goes_on(folder, tmp_path, monkeypatch):
@@ -174,6 +177,20 @@ def test_bad_arguments(folder, tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         prepare({"name": "folder", "root": folder}, out=tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_damaged_shards_and_records_are_named(folder, tmp_path):
+    out = prepare({"name": "folder", "root": folder}, splits=["train"], out=tmp_path / "out", short_side_px=None)
+    shard = out / "train-00000-of-00001.array_record"
+    data = shard.read_bytes()
+    shard.write_bytes(data[:1500] + bytes(byte ^ 0xFF for byte in data[1500:1600]) + data[1600:])
+    (*_, report) = check(make_source(name="records", directory=out, split="train"))
+    assert len(report.problems) in (1, 2)
+    assert f"'{out}:train[" in report.problems[0]
+    assert "the record is damaged" in report.problems[0]
+    shard.write_bytes(data[:-1000])
+    with pytest.raises(ValueError, match=f"{shard} is damaged"):
+        make_source(name="records", directory=out, split="train")
 
 
 def test_a_missing_shard_is_named(folder, tmp_path):

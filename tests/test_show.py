@@ -96,3 +96,6 @@ def test_command(tmp_path):
     assert wrong.returncode == 2
     assert "the data has 10 classes" in wrong.stderr
     assert "Traceback" not in wrong.stderr
+    unknown = launch("--out", tmp_path / "batch.png", "--config.data.batch=3")
+    assert unknown.returncode == 2
+    assert "the config has no key 'data.batch'. Did you mean data.batch_size?" in unknown.stderr

@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from vit_flax.data.sources import SOURCES, Source, make_source
+from vit_flax.data.sources import SOURCES, Source, make_source, parse_source
 
 
 def small_arrays(num_examples=6, num_classes=3):
@@ -16,6 +16,12 @@ def small_arrays(num_examples=6, num_classes=3):
 def test_unknown_name_is_answered_with_the_known_ones():
     with pytest.raises(ValueError, match="did you mean 'digits'"):
         make_source(name="digit", split="train")
+
+
+def test_a_source_on_a_command_line():
+    words = ["folder", "root=2012", "held_out_percent=20", "class_names=['a', 'b']"]
+    expected = {"name": "folder", "root": "2012", "held_out_percent": 20, "class_names": ["a", "b"]}
+    assert parse_source(words) == expected
 
 
 @pytest.mark.parametrize("kind", ["memory", "npz", "npy"])
@@ -66,6 +72,16 @@ def test_arrays_never_unpickle(tmp_path):
 def test_arrays_of_the_wrong_kind(images, labels, message):
     with pytest.raises(ValueError, match=message):
         make_source(name="arrays", split="train", arrays={"train": (images, labels)})
+
+
+def test_damaged_files_of_arrays_are_named(tmp_path):
+    images, labels = small_arrays()
+    np.savez(tmp_path / "set.npz", train_images=images, train_labels=labels)
+    data = (tmp_path / "set.npz").read_bytes()
+    for damaged in (b"", b"hello", data[:-50], data.replace(images.tobytes()[:50], bytes(50))):
+        (tmp_path / "set.npz").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"cannot read arrays from .*set.npz: "):
+            make_source(name="arrays", path=tmp_path / "set.npz", split="train")
 
 
 def test_missing_split_says_what_there_is():

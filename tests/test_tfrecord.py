@@ -1,3 +1,4 @@
+import gzip
 import json
 import re
 import struct
@@ -81,6 +82,26 @@ def test_tf_examples(tmp_path):
     assert len(val) == 1
 
 
+def test_an_equals_sign_in_a_path(tmp_path):
+    folder = tmp_path / "day=1"
+    folder.mkdir()
+    for name in ("a", "b"):
+        write_tfrecord(folder / name, [example(b"x", 0)])
+    (tmp_path / "names.txt").write_text("cat\n")
+    words = [f"train={folder}/a", f"{folder}/b", "--out", str(tmp_path / "out")]
+    assert tfrecord.main([*words, "--class_names", str(tmp_path / "names.txt")]) == 0
+    assert len(make_source(name="records", directory=tmp_path / "out", split="train")) == 2
+
+
+def test_an_earlier_conversion_is_not_taken_for_this_one(tmp_path, capsys):
+    write_tfrecord(tmp_path / "train-0", [example(b"a", 1)])
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    words = [f"train={tmp_path}/train-0", "--out", str(tmp_path / "out"), "--class_names", str(tmp_path / "names.txt")]
+    assert tfrecord.main(words) == 0
+    assert tfrecord.main([*words, "--label_offset=-1"]) == 2
+    assert "holds something already" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [
@@ -97,6 +118,25 @@ def test_bad_tf_examples(tmp_path, capsys, record, message):
     assert tfrecord.main(words) == 2
 
     assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (gzip.compress(b"x" * 100), "train-0 is compressed: gunzip it first"),
+        (b"some text that somebody took for records" * 3, "train-0 ends early or is no TFRecord file"),
+        (struct.pack("<QI", 3, 0) + b"abc" + bytes(4), r"train-0\[0\] is no tf.train.Example"),
+        (b"", "the files of 'train' hold no record: .*train-0"),
+    ],
+    ids=["compressed", "text", "other records", "empty"],
+)
+def test_files_that_hold_no_examples(tmp_path, capsys, data, message):
+    (tmp_path / "train-0").write_bytes(data)
+    (tmp_path / "names.txt").write_text("a\n")
+    words = [f"train={tmp_path}/train-0", "--out", str(tmp_path / "out"), "--class_names", str(tmp_path / "names.txt")]
+    assert tfrecord.main(words) == 2
+    assert re.search(message, capsys.readouterr().err.replace("\n", ""))
     assert not (tmp_path / "out").exists()
 
 

@@ -58,6 +58,13 @@ def jpeg(pixels) -> bytes:
         ([{"op": "inception_crop", "size_px": 3, "law": "tf"}], "law='tf' is not known.*tf_inception"),
         ([{"op": "inception_crop", "size_px": 3, "area": (0.5, 0.1)}], "area and aspect must be"),
         ([{"op": "pad_and_crop", "pad_px": 3, "mode": "wrap"}], "mode='wrap' is not known"),
+        ([{"op": "pad_and_crop", "pad_px": -1}], "pad_px=-1 must be"),
+        ([{"op": "pad_and_crop", "pad_px": 1, "size_px": 0}], "size_px=0 must be"),
+        ([{"op": "resize", "size_px": 0}], r"operation 1 'resize': size_px=0 must be .* \(height, width\)"),
+        ([{"op": "central_crop", "size_px": [3, 0]}], r"size_px=\(3, 0\) must be"),
+        ([{"op": "resize_small", "size_px": -1}], "size_px=-1 must be"),
+        ([{"op": "flip", "prob": 50.0}], "prob=50.0 must lie in 0..1"),
+        ([{"op": "three_augment", "color_jitter": -1.0}], "amounts must be 0 or more"),
     ],
 )
 def test_mistakes_name_the_operation_its_place_and_the_choices(ops, message):
@@ -150,6 +157,16 @@ def test_scaled_decoding_shows_the_same_picture(name, size_px, reduced, pixels):
     difference = np.abs(from_jpeg.astype(int) - from_pixels).mean()
     assert (difference > 0) == reduced
     assert difference < 1
+
+
+@pytest.mark.parametrize(("side", "size_px"), [(97, 9), (81, 8), (17, 3)])
+def test_scaled_decoding_of_a_side_with_a_pixel_too_many(side, size_px):
+    # 81 pixels become 11 at an eighth: nearer to a seventh of them.
+    ramp = np.repeat(np.linspace(0, 255, side).astype(np.uint8)[None, :, None], 3, axis=2)
+    image = np.repeat(ramp, side, axis=0)
+    ops = [{"op": "resize", "size_px": size_px, "filter": "box"}]
+    difference = run(ops, jpeg(image)).astype(int) - run(ops, image)
+    assert np.abs(difference).max() < 255 / size_px / 3  # a third of the step between two pixels
 
 
 @pytest.mark.parametrize("size_px", [60, 224, 350])

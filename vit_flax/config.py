@@ -7,7 +7,9 @@ annotation are `ConfigError`s that name the key, before anything expensive start
 import difflib
 import inspect
 import math
+import os
 import re
+import runpy
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -168,3 +170,29 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
     return flat
+
+
+def explain_overrides(argv: list[str], error: str) -> str:
+    """What is wrong with the overrides of a command line, given that ml_collections could not apply them.
+
+    Args:
+      argv: the command line, with --config FILE and --config.KEY=VALUE in it.
+      error: what ml_collections said.
+    """
+    file = re.search(r"--config[= ]([^ :]+):?([^ ]*)", " ".join(argv))
+    get_config = runpy.run_path(file[1])["get_config"] if file and os.path.isfile(file[1]) else None
+    if get_config is None:
+        return f"the config cannot be loaded: {error}"
+    known = flatten(plain(get_config(file[2]) if file and file[2] else get_config()))
+    for argument in argv[1:]:
+        key = argument.removeprefix("--config.").partition("=")[0]
+        if argument.startswith("--config.") and key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            section = [name for name in known if name.startswith(key.partition(".")[0] + ".")]
+            return (
+                f"the config has no key {key!r}."
+                + (f" Did you mean {near[0]}?" if near else "")
+                + f"\nThere are: {', '.join(section or known)}."
+                + "\nAn option that the file leaves at its default has to be written into the file first."
+            )
+    return f"the config cannot be loaded: {error}"

@@ -5,10 +5,7 @@ command goes on from there).
 """
 
 import contextlib
-import difflib
 import os
-import re
-import runpy
 import sys
 import threading
 from collections.abc import Iterator
@@ -17,7 +14,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from vit_flax.config import ConfigError, flatten, plain
+from vit_flax.config import ConfigError, explain_overrides
 from vit_flax.signals import exit_on_signals
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -129,28 +126,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         message, _, traceback = str(error).partition("Traceback")  # of a config file that raises
         _stop("".join([message.strip(), *(f"\n{line}" for line in traceback.strip().splitlines()[-1:])]))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        _stop(_explain(argv, str(error)))
-
-
-def _explain(argv: list[str], error: str) -> str:
-    """What is wrong with the overrides, given that ml_collections could not apply them."""
-    file = re.search(r"--config[= ]([^ :]+):?([^ ]*)", " ".join(argv))
-    get_config = runpy.run_path(file[1])["get_config"] if file and os.path.isfile(file[1]) else None
-    if get_config is None:
-        return f"the config cannot be loaded: {error}"
-    known = flatten(plain(get_config(file[2]) if file and file[2] else get_config()))
-    for argument in argv[1:]:
-        key = argument.removeprefix("--config.").partition("=")[0]
-        if argument.startswith("--config.") and key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            section = [name for name in known if name.startswith(key.partition(".")[0] + ".")]
-            return (
-                f"the config has no key {key!r}."
-                + (f" Did you mean {near[0]}?" if near else "")
-                + f"\nThere are: {', '.join(section or known)}."
-                + "\nAn option that the file leaves at its default has to be written into the file first."
-            )
-    return f"the config cannot be loaded: {error}"
+        _stop(explain_overrides(argv, str(error)))
 
 
 def _stop(message: str, code: int = 1) -> NoReturn:

@@ -1,6 +1,7 @@
 """Pictures for people: a grid of images with captions, and a confusion matrix."""
 
 import math
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -33,11 +34,15 @@ def grid(images: np.ndarray, captions: Sequence[str], *, columns: int = 8, tile_
 
 
 def caption(target: np.ndarray, class_names: Sequence[str]) -> str:
-    """The classes of a target [v], the heaviest three, with their parts where it is mixed: "3" or "3 70% + 8 30%"."""
+    """The classes of a target [v], the heaviest three, with their parts where it is mixed: "3" or "3 70% + 8 30%".
+
+    A name that the font of the pictures cannot draw loses its accents, or gives way to "class" and its number.
+    """
     heaviest: list[int] = [i for i in np.argsort(-target, kind="stable")[:3].tolist() if target[i] > 0]
+    names = {i: _drawable(class_names[i], i) for i in heaviest}
     if all(target[i] == 1 for i in heaviest):
-        return ", ".join(class_names[i] for i in heaviest)
-    return " + ".join(f"{class_names[i]} {target[i]:.0%}" for i in heaviest)
+        return ", ".join(names.values())
+    return " + ".join(f"{name} {target[i]:.0%}" for i, name in names.items())
 
 
 def to_image(image: np.ndarray, side_px: int) -> Image.Image:
@@ -62,6 +67,7 @@ def confusion(matrix: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
       class_names: one per row.
     """
     count = len(matrix)
+    class_names = [_drawable(name, i) for i, name in enumerate(class_names)]
     cell = max(8, min(40, 640 // count))
     font = _font(min(13, max(8, cell - 2)))
     label_px = 12 + max(int(font.getlength(_cut(name, font, 128))) for name in class_names)
@@ -84,6 +90,12 @@ def confusion(matrix: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
             _draw_upright(sheet, name, font, (round(middle), label_px - 5))
     draw.text((label_px, size), "rows: true class   columns: predicted", fill=FAINT, font=_font(11))
     return np.asarray(sheet)
+
+
+def _drawable(name: str, number: int) -> str:
+    """A class name in the letters of Pillow's own font, which are ASCII's: without accents, else the class's number."""
+    letters = "".join(c for c in unicodedata.normalize("NFKD", name) if not unicodedata.combining(c))
+    return letters if letters.isascii() else f"class {number}"
 
 
 def _font(size_px: int) -> ImageFont.FreeTypeFont:

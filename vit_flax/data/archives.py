@@ -14,7 +14,7 @@ import tarfile
 import tempfile
 import threading
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +66,9 @@ def open_archive(name: str, *, split: str, data_dir: str | os.PathLike[str] | No
 
     def parse() -> tuple[Splits, tuple[str, ...]]:
         archive = ARCHIVES[name]
-        paths = {file: _find(name, file, folder, download) for file in archive.files}
+        found = {file: _find(name, file, folder) for file in archive.files}
+        missing = _fetch(name, [file for file, path in found.items() if path is None], folder, download)
+        paths = {file: path or missing[file] for file, path in found.items()}
         splits, class_names = archive.parse(paths)
         parsed.update(splits)
         return splits, class_names
@@ -135,7 +137,7 @@ def parse_cifar(
     return splits, tuple(members[names].decode().split())
 
 
-def _find(name: str, file: str, folder: Path, download: bool | None) -> Path:
+def _find(name: str, file: str, folder: Path) -> Path | None:
     size, sha256 = ARCHIVES[name].files[file]
     own = folder / name / file
     wrong = None
@@ -146,11 +148,23 @@ def _find(name: str, file: str, folder: Path, download: bool | None) -> Path:
             wrong = path  # MNIST and Fashion-MNIST have the same file names
     if wrong == own:
         raise ValueError(f"{own} is damaged or another file: expected {size:,} bytes with SHA-256 {sha256}; remove it")
-    url = f"{ARCHIVES[name].url}/{file}"
-    if download or (download is None and _answers(url)):
-        return _download(url, own, size, sha256)
+    return None
+
+
+def _fetch(name: str, missing: Sequence[str], folder: Path, download: bool | None) -> dict[str, Path]:
+    """Downloads the files, or asks for all of them at once."""
+    archive = ARCHIVES[name]
+    urls = {file: f"{archive.url}/{file}" for file in missing}
+    if download or (missing and download is None and _answers(urls[missing[0]])):
+        return {file: _download(url, folder / name / file, *archive.files[file]) for file, url in urls.items()}
+    if not missing:
+        return {}
+    wanted = ", ".join(f"{file} ({archive.files[file][0]:,} bytes) from {url}" for file, url in urls.items())
     why = "" if download is False else "; that server did not answer within a second, download=True waits longer"
-    raise FileNotFoundError(f"{name} needs the file {file} ({size:,} bytes) from {url}; put it into {own.parent}{why}")
+    raise FileNotFoundError(
+        f"{name} needs the file{'s' * (len(missing) > 1)} {wanted}; put {'it' if len(missing) == 1 else 'them'} into "
+        f"{folder / name}{why}"
+    )
 
 
 def _answers(url: str) -> bool:

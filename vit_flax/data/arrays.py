@@ -3,7 +3,9 @@
 import functools
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ class Arrays:
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: no such split, arrays of the wrong kind, a label that no class has.
+      ValueError: a damaged file, no such split, arrays of the wrong kind, a label that no class has.
     """
 
     def __init__(
@@ -41,7 +43,11 @@ class Arrays:
             self._reopen = None
         elif path is not None and arrays is None:
             self._reopen = functools.partial(Arrays, split=split, path=path, class_names=class_names, name=name)
-            arrays = _load(Path(path).expanduser())
+            path = Path(path).expanduser()
+            try:
+                arrays = _load(path)
+            except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+                raise ValueError(f"cannot read arrays from {path}: {error}") from error
         else:
             raise ValueError("give the arrays source either arrays= or path=")
         images, labels = _select(split, arrays)
@@ -118,18 +124,20 @@ def _select(split: str, arrays: Mapping[str, tuple[Any, Any]]) -> tuple[np.ndarr
 
 def _load(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     if path.suffix == ".npz":
-        file = np.load(path, allow_pickle=False)
-        names = sorted(file)
-        load = file.__getitem__
-    elif path.is_dir():
-        names = sorted(entry.stem for entry in path.glob("*.npy"))
-
-        def load(name: str) -> np.ndarray:
-            return np.load(
-                path / f"{name}.npy", mmap_mode="r" if name.endswith("_images") else None, allow_pickle=False
-            )
-    else:
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
+            return _pair(path, sorted(file), file.__getitem__)
+    if not path.is_dir():
         raise FileNotFoundError(f"expected an .npz file or a folder of .npy files at {path}")
+
+    def load(name: str) -> np.ndarray:
+        return np.load(path / f"{name}.npy", mmap_mode="r" if name.endswith("_images") else None, allow_pickle=False)
+
+    return _pair(path, sorted(entry.stem for entry in path.glob("*.npy")), load)
+
+
+def _pair(
+    path: Path, names: Sequence[str], load: Callable[[str], np.ndarray]
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     splits = [name.removesuffix("_images") for name in names if name.endswith("_images")]
     if not splits or any(f"{split}_labels" not in names for split in splits):
         raise ValueError(f"expected <split>_images and <split>_labels in {path}, found {names}")

@@ -103,11 +103,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _summary(split: str, source: Source, report: Report) -> str:
     counts = [report.per_class[name] for name in source.class_names]
-    smallest, largest = ("x".join(map(str, size or ())) for size in (report.smallest, report.largest))
-    return (
+    summary = (
         f"{split}: {report.num_examples} records, {len(report.problems)} bad; {len(counts)} classes of {min(counts)} "
-        f"to {max(counts)}; pictures from {smallest} to {largest} px"
+        f"to {max(counts)}"
     )
+    if report.smallest is None or report.largest is None:  # none could be decoded
+        return summary
+    smallest, largest = ("x".join(map(str, size)) for size in (report.smallest, report.largest))
+    return f"{summary}; pictures from {smallest} to {largest} px"
 
 
 if __name__ == "__main__":

@@ -94,13 +94,14 @@ class Picture:
                 4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
                 8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
             }
-            flags = reduced[self._reduction(shrink)] | cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+            flags = reduced[self.reduction(shrink)] | cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
             pixels = cv2.imdecode(np.frombuffer(self.data, np.uint8), flags)
             if pixels is not None:
                 return pixels
         return np.asarray(self._load_pillow(shrink))  # Pillow's message says what is wrong with the file
 
-    def _reduction(self, shrink: float) -> int:
+    def reduction(self, shrink: float) -> int:
+        """How much smaller a JPEG is decoded; see `load`."""
         return max((factor for factor in (2, 4, 8) if factor * self.oversampling <= shrink), default=1)
 
     def _opencv_can(self) -> bool:
@@ -115,7 +116,7 @@ class Picture:
     def _load_pillow(self, shrink: float) -> Image.Image:
         image = self.image
         try:
-            factor = self._reduction(shrink)
+            factor = self.reduction(shrink)
             if factor > 1:
                 image.draft(None, (image.width // factor, image.height // factor))
             image.load()
@@ -188,21 +189,16 @@ def _to_mode(image: Image.Image, mode: str) -> Image.Image:
     """Converts to 8-bit RGB or grey. Transparency is dropped, as in the pipelines behind the published numbers."""
     if image.mode == mode:
         return image  # convert() would copy
-    if image.mode.startswith("I"):
-        image = _sixteen_bits_to_eight(image)
-    elif image.mode == "F":
-        raise ValueError("floating-point pixels have no defined range; store the image with 8 bits per channel")
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):  # 16 bits at most
+        # The high byte, which is what Pillow itself keeps of 16-bit colour; its convert() would clip at 255.
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        kind = "32-bit" if image.mode == "I" else "floating-point"
+        raise ValueError(f"{kind} pixels have no defined range; store the image with 8 bits per channel")
     elif image.mode == "P":
+        image.info.pop("transparency", None)  # convert() would warn of losing it
         image = image.convert("RGB")
     return image.convert(mode)
-
-
-def _sixteen_bits_to_eight(image: Image.Image) -> Image.Image:
-    pixels = np.asarray(image).astype(np.int64)
-    if pixels.min() < 0 or pixels.max() > 65535:
-        raise ValueError(f"integer pixels from {pixels.min()} to {pixels.max()}; store the image with 8 or 16 bits")
-    # The high byte, which is what Pillow itself keeps of 16-bit colour; its convert() would clip at 255.
-    return Image.fromarray((pixels >> 8).astype(np.uint8))
 
 
 def _describe(error: Exception) -> str:

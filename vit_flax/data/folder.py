@@ -1,7 +1,10 @@
 """Pictures in a folder of class folders, or listed in a CSV file."""
 
+import collections
 import csv as csv_format
 import hashlib
+import io
+import itertools
 import os
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -26,7 +29,8 @@ class Folder:
     - `csv`: a table with the columns `path` and `label`, and `split` or else a split by hash.
 
     Pictures are .jpg, .jpeg, .png, .webp and .bmp files. Hidden files are ignored; other files are ignored and named
-    in a warning. Classes are numbered in the order of their sorted names (labels of a table that are numbers: as such).
+    in a warning. Classes are numbered in the order of their sorted names; a table's labels that are all numbers, in
+    the order of the numbers. Blanks around the labels and splits of a table do not count.
 
     Args:
       split: "train", "val", ...
@@ -158,13 +162,18 @@ def _split_by_hash(
     pictures = [(path, label) for label, paths in enumerate(by_class) for path in paths]
     if split == "all":
         return pictures
-    held_out = [is_held_out(path.replace(os.sep, "/"), held_out_percent) for path, _ in pictures]
+    held_out = [is_held_out(_portable(path), held_out_percent) for path, _ in pictures]
     kept = np.bincount([label for (_, label), held in zip(pictures, held_out) if not held], minlength=len(classes))
     if not kept.all():
         empty = [classes[label] for label in np.flatnonzero(kept == 0).tolist()]
         raise ValueError(
             f"classes of {root} with all pictures in the held-out {held_out_percent} %: {_some(empty)}; "
             "add pictures, or split by train/ and val/ folders"
+        )
+    if split == "val" and not any(held_out):
+        raise ValueError(
+            f"none of the {len(pictures)} pictures of {root} falls into the held-out {held_out_percent} %; "
+            "add pictures, raise held_out_percent, or split by train/ and val/ folders"
         )
     return [picture for picture, held in zip(pictures, held_out) if held == (split == "val")]
 
@@ -176,6 +185,8 @@ def _list_csv(
     names = {label for _, label, _ in rows}
     numbers = all(name.isascii() and name.isdigit() for name in names)
     classes = tuple(sorted(names, key=lambda name: (int(name) if numbers else 0, name)))
+    if numbers and (twice := [a for a, b in itertools.pairwise(classes) if int(a) == int(b)]):
+        raise ValueError(f"{file} writes labels in two ways, e.g. {twice[0]!r} and {int(twice[0])}: choose one")
     number = {name: label for label, name in enumerate(classes)}
     _check_existence(file, root, [path for path, _, _ in rows])
     splits = {name for _, _, name in rows}
@@ -184,8 +195,14 @@ def _list_csv(
         for path, label, _ in rows:
             by_class[number[label]].append(path)
         return classes, _split_by_hash(file, classes, by_class, split, held_out_percent)
-    if split not in splits:
-        raise ValueError(f"no split {split!r} in {file}; its column has {_some(sorted(map(str, splits)))}")
+    for name in ("train", split):  # the classes are those of "train", as with folders
+        if name not in splits:
+            raise ValueError(f"no split {name!r} in {file}; its column has {_some(sorted(map(str, splits)))}")
+    splits_of: dict[str, set[str | None]] = collections.defaultdict(set)
+    for path, _, name in rows:
+        splits_of[os.path.normpath(path)].add(name)
+    if shared := [path for path, names in splits_of.items() if len(names) > 1]:
+        logging.warning("%s: %d pictures are in more than one split: %s", file, len(shared), _some(shared))
     if untaught := sorted(set(classes) - {label for _, label, name in rows if name == "train"}):
         raise ValueError(f"classes of {file} without a picture in the split 'train': {_some(untaught)}")
     return classes, [(path, number[label]) for path, label, name in rows if name == split]
@@ -193,23 +210,28 @@ def _list_csv(
 
 def _read_csv(file: Path) -> list[tuple[str, str, str | None]]:
     """(path, label, split) of each row."""
-    with open(file, newline="", encoding="utf-8-sig") as text:
-        table = csv_format.DictReader(text)
-        columns = table.fieldnames or ()
-        if not {"path", "label"} <= set(columns):
-            raise ValueError(
-                f"expected a first line with the columns path,label (and split) in {file}, found {columns}"
-            )
-        rows, labels = [], {}
-        for row in table:
-            path, label, split = row["path"], row["label"], row["split"] if "split" in columns else None
-            if not path or not label or split == "" or None in row:
-                raise ValueError(f"{file}, line {table.line_num}: expected {','.join(columns)}, found {row}")
-            if labels.setdefault(path, label) != label:
-                raise ValueError(
-                    f"{file}, line {table.line_num}: {path} has two labels, {labels[path]!r} and {label!r}"
-                )
-            rows.append((path, unicodedata.normalize("NFC", label), split))
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 ({error}); save it as UTF-8") from error
+    rows, labels = [], {}
+    table = csv_format.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        lines = [(table.line_num, row) for row in table]
+    except csv_format.Error as error:  # a quotation mark that is never closed would make one label of all that follows
+        raise ValueError(f"{file}, line {table.reader.line_num}: {error}; check the quotation marks") from error
+    columns = table.fieldnames or ()
+    if not {"path", "label"} <= set(columns):
+        raise ValueError(f"expected a first line with the columns path,label (and split) in {file}, found {columns}")
+    for line, row in lines:
+        path, label = row["path"], (row["label"] or "").strip()
+        split = (row["split"] or "").strip() if "split" in columns else None
+        if not path or not label or split == "" or None in row:
+            raise ValueError(f"{file}, line {line}: expected {','.join(columns)}, found {row}")
+        first = labels.setdefault(os.path.normpath(path), label)
+        if first != label:
+            raise ValueError(f"{file}, line {line}: {path} has two labels, {first!r} and {label!r}")
+        rows.append((path, unicodedata.normalize("NFC", label), split))
     if not rows:
         raise ValueError(f"{file} lists no pictures")
     return rows
@@ -226,6 +248,11 @@ def _check_existence(file: Path, root: Path, paths: Iterable[str]) -> None:
             missing.append(path)
     if missing:
         raise FileNotFoundError(f"{file} lists {len(missing)} files that are not below {root}: {_some(missing)}")
+
+
+def _portable(path: str) -> str:
+    """The path in one spelling on every system: the split by hash must not depend on where the pictures lie."""
+    return unicodedata.normalize("NFC", path.replace(os.sep, "/"))
 
 
 def _folders(directory: Path) -> list[str]:

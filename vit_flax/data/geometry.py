@@ -42,6 +42,7 @@ class Plan:
     random: ClassVar[bool] = False
 
     def __post_init__(self):
+        _check_size(self.size_px, pair=not isinstance(self, ResizeSmall))  # type: ignore[attr-defined]
         if self.filter not in FILTERS:
             raise ValueError(f"filter={self.filter!r} is not known: choose one of {', '.join(FILTERS)}")
         if not self.antialias and self.filter not in _ALIASING_FILTERS:
@@ -64,7 +65,7 @@ class Plan:
         image = picture.load_pixels(shrink) if self.filter == "area" else picture.load(shrink)
         decoded = (image.shape[1], image.shape[0]) if isinstance(image, np.ndarray) else image.size
         # Not the ratio of the sizes: the last row and column of a smaller decode stand for less than a full pixel.
-        factor = round(width / decoded[0])
+        factor = 1 if decoded == (width, height) else picture.reduction(shrink)
         box = (box[0] / factor, box[1] / factor, box[2] / factor, box[3] / factor)
         if isinstance(image, np.ndarray):
             return resample_area(image, box, size)
@@ -184,6 +185,9 @@ class PadAndCrop:
     random: ClassVar[bool] = True
 
     def __post_init__(self):
+        _check_size(1 if self.size_px is None else self.size_px, pair=True)
+        if not isinstance(self.pad_px, int) or self.pad_px < 0:
+            raise ValueError(f"pad_px={self.pad_px!r} must be a whole number of pixels, 0 or more")
         if self.mode not in _PAD_MODES:
             raise ValueError(f"mode={self.mode!r} is not known: choose one of {', '.join(_PAD_MODES)}")
 
@@ -283,12 +287,23 @@ class Flip:
     prob: float = 0.5
     random: ClassVar[bool] = True
 
+    def __post_init__(self):
+        if not 0 <= self.prob <= 1:
+            raise ValueError(f"prob={self.prob} must lie in 0..1")
+
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < self.prob else image
 
     def flip_pixels(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """The same on an array that OpenCV has resized."""
         return decode.import_opencv().flip(pixels, 1) if rng.random() < self.prob else pixels
+
+
+def _check_size(size_px: Any, *, pair: bool) -> None:
+    sides = size_px if pair and isinstance(size_px, tuple) and len(size_px) == 2 else (size_px,)
+    if not all(isinstance(side, int) and side > 0 for side in sides):
+        expected = "a whole number of pixels, 1 or more" + (", or (height, width)" if pair else "")
+        raise ValueError(f"size_px={size_px!r} must be {expected}")
 
 
 def _width_height(size_px: int | Sequence[int]) -> Size:

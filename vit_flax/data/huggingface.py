@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vit_flax.data.decode import DecodeError
+
 
 class HuggingFace:
     """A Hugging Face data set, on disk or by name. Needs `pip install datasets`.
@@ -61,11 +63,13 @@ class HuggingFace:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self._table[int(index)]
-        image = row[self._image_key]
+        record_id = f"{self.name}:{self.split}[{index}]"
+        image, label = row[self._image_key], row[self._label_key]
+        if image is None:
+            raise DecodeError(record_id, f"the column {self._image_key!r} is empty in this row")
         data = image["bytes"]
         if data is None:
             data = Path(image["path"]).read_bytes()
-        label, record_id = row[self._label_key], f"{self.name}:{self.split}[{index}]"
         if isinstance(label, str):
             if label not in self._number:
                 raise ValueError(f"{record_id} has the label {label!r}, which is none of {self.class_names}")

@@ -153,7 +153,9 @@ _ENHANCERS = ("color", "contrast", "brightness", "sharpness")
 TIMM_OPS: dict[str, Callable] = {
     **_NO_AMOUNT,
     **_MOVES,
-    **dict.fromkeys(("translate_x_fraction", "translate_y_fraction"), lambda level, rng: _signed(0.045 * level, rng)),
+    **dict.fromkeys(
+        ("translate_x_fraction", "translate_y_fraction"), lambda level, rng: _signed(level / 10 * 0.45, rng)
+    ),
     **dict.fromkeys(_ENHANCERS, lambda level, rng: 0.18 * level + 0.1),
     "posterize": lambda level, rng: int(level / 10 * 4),
     "solarize": lambda level, rng: min(256, int(level / 10 * 256)),
@@ -293,6 +295,9 @@ class ThreeAugment:
 
     color_jitter: float = 0.3
     random: ClassVar[bool] = True
+
+    def __post_init__(self):
+        ColorJitter(self.color_jitter)
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         name = ("grayscale", "solarize", "gaussian_blur")[rng.integers(3)]

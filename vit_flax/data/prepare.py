@@ -51,7 +51,8 @@ def prepare(
     Args:
       source: as in a config: `name` and that source's arguments.
       splits: names of whole splits.
-      out: the folder to write; empty, absent, or begun by the same command.
+      out: the folder to write; empty, absent, or begun by the same command (it may have stopped at a bad picture, and
+        go on with on_error="skip").
       short_side_px: the short side that larger pictures are scaled to; None: all are kept as they are.
       quality: of the JPEGs, 1..95.
       on_error: "raise", or "skip": leave bad pictures out, and list them in the result's records.json.
@@ -135,10 +136,14 @@ def _begin(directory: Path, plan: dict[str, Any]) -> bool:
     for file in (records.INDEX, PLAN):
         if (directory / file).exists():
             there = json.loads((directory / file).read_text(encoding="utf-8"))
+            if (there.get("on_error"), plan["on_error"]) == ("raise", "skip"):
+                there["on_error"] = "skip"  # what is finished had nothing to skip
             if differing := [key for key in plan if there.get(key) != plan[key]]:
                 raise ValueError(
                     f"{directory} holds another preparation (other {', '.join(differing)}); choose another folder"
                 )
+            if file == PLAN:
+                _write_json(directory / PLAN, plan)
             return file == PLAN
     if any(directory.iterdir()):
         raise ValueError(f"{directory} holds files that are no preparation; choose an empty folder")

@@ -76,7 +76,12 @@ class Reader:
     def _read(self, row: int, rng: np.random.Generator | None) -> dict[str, Any]:
         example = self.source[int(row)]
         label = checked_label(example, len(self.source.class_names))
-        image = self.transform(example, rng)["image"]
+        try:
+            image = self.transform(example, rng)["image"]
+        except DecodeError:
+            raise
+        except ValueError as error:  # of an operation, which does not know what it works on
+            raise ValueError(f"{example['id']}: {error}") from error
         if image.dtype != np.uint8 or image.ndim != 3:
             found = f"{image.dtype} {image.shape}"
             raise ValueError(f"{example['id']}: expected uint8 [h, w, c] after the transforms, found {found}")
@@ -99,7 +104,10 @@ class Reader:
             except (DecodeError, OSError) as error:
                 self._report(candidate, error)
                 last_error = error
-        raise ValueError(f"too many bad records in a row, none of {MAX_BAD_IN_A_ROW} could be read") from last_error
+        count = min(len(self.source), MAX_BAD_IN_A_ROW)
+        raise ValueError(
+            f"too many bad records in a row, none of {count} could be read; the last: {last_error}"
+        ) from last_error
 
     def _report(self, row: int, error: Exception) -> None:
         if row not in self._reported:
@@ -128,6 +136,8 @@ def checked_label(example: Example, num_classes: int) -> np.ndarray:
         if len(label) != num_classes or not np.isin(label, (0, 1)).all():
             raise ValueError(f"{example['id']}: expected {num_classes} zeros and ones as label, found {label}")
         return label.astype(np.uint8)
+    if label.dtype.kind not in "iu":
+        raise ValueError(f"{example['id']}: expected a whole number as label, found {example['label']!r}")
     if label.ndim or not 0 <= label < num_classes:
         raise ValueError(f"{example['id']}: label {label} is outside 0..{num_classes - 1} ({num_classes} classes)")
     return label.astype(np.int32)

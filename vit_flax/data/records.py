@@ -15,6 +15,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
+from vit_flax.data.decode import DecodeError
 from vit_flax.data.splits import split_ranges
 
 INDEX = "records.json"
@@ -31,7 +32,7 @@ class Records:
 
     Raises:
       FileNotFoundError: no prepared set there, or a shard is missing.
-      ValueError: no such split.
+      ValueError: no such split, or a shard is damaged; it is named. Reading raises DecodeError for a damaged record.
     """
 
     def __init__(self, *, split: str, directory: str | os.PathLike[str]):
@@ -49,9 +50,11 @@ class Records:
             paths = [self.directory / shard for shard in shards[name]]
             if missing := [path.name for path in paths if not path.exists()]:
                 raise FileNotFoundError(f"{self.directory} lacks {len(missing)} of its files, e.g. {missing[0]}")
-            self._readers[name] = ArrayRecordDataSource(
-                [str(path) for path, n in zip(paths, shards[name].values()) if n]
-            )
+            files = [str(path) for path, n in zip(paths, shards[name].values()) if n]
+            try:
+                self._readers[name] = ArrayRecordDataSource(files)
+            except RuntimeError as error:
+                raise ValueError(f"{_first_damaged(files)} is damaged ({error}); prepare the set again") from error
             if len(self._readers[name]) != sizes[name]:
                 found = f"{len(self._readers[name])} records in {name}, expected {sizes[name]}"
                 raise ValueError(f"{self.directory} does not fit its {INDEX}: found {found}; prepare it again")
@@ -66,7 +69,11 @@ class Records:
             raise IndexError(f"{index} is outside 0..{len(self) - 1} of {self!r}")
         part = bisect.bisect_right(self._ends, index)
         start, count, name = self._ranges[part]
-        return unpack(self._readers[name][int(index) - (self._ends[part] - count) + start])
+        row = int(index) - (self._ends[part] - count) + start
+        try:
+            return unpack(self._readers[name][row])
+        except (RuntimeError, ValueError) as error:
+            raise DecodeError(f"{self.directory}:{name}[{row}]", f"the record is damaged: {error}") from error
 
     def __repr__(self) -> str:
         return f"Records({self.directory}, split={self.split!r}, {len(self)} examples)"
@@ -80,6 +87,17 @@ class Records:
             "class_names": list(self.class_names),
             "digest": self._digest,
         }
+
+
+def _first_damaged(files: Iterable[str]) -> str:
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    for file in files:
+        try:
+            ArrayRecordDataSource([file])
+        except RuntimeError:
+            return file
+    return "one of the files"
 
 
 def pack(example: dict[str, Any]) -> bytes:

@@ -139,8 +139,12 @@ def _parse_flags(argv: list[str]) -> list[str]:
     flags.DEFINE_integer("max_images", 32, "Images drawn of each batch.")
     try:
         return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    except OSError as error:
         _stop(f"the config cannot be loaded: {error}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        from vit_flax.config import explain_overrides
+
+        _stop(explain_overrides(argv, str(error)))
 
 
 def _stop(message: str) -> NoReturn:

@@ -5,6 +5,7 @@ decoding, checking and batching are the pipeline's. `make_source(name=..., split
 """
 
 import ast
+import contextlib
 import difflib
 import os
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ import numpy as np
 from vit_flax.data.archives import cifar10, cifar100, fashion_mnist, mnist
 from vit_flax.data.arrays import Arrays
 from vit_flax.data.datadir import data_dir_or_default
+from vit_flax.data.decode import DecodeError
 from vit_flax.data.folder import Folder
 from vit_flax.data.huggingface import HuggingFace
 from vit_flax.data.records import Records
@@ -62,7 +64,7 @@ def make_source(*, name: str, split: str, **kwargs: Any) -> Source:
 def parse_source(words: Sequence[str]) -> dict[str, Any]:
     """Reads a source from a command line: ["folder", "root=DIR"] -> {"name": "folder", "root": "DIR"}.
 
-    Values are Python literals where they can be read as such, else text.
+    Values are Python literals where they can be read as such, else text; paths and names are always text.
 
     Raises:
       ValueError: a word after the first that is no key=value.
@@ -72,11 +74,14 @@ def parse_source(words: Sequence[str]) -> dict[str, Any]:
         key, equals, value = word.partition("=")
         if not equals or not key.isidentifier():
             raise ValueError(f"expected key=value after the source's name, found {word!r}")
-        try:
-            source[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            source[key] = value
+        source[key] = value
+        if key not in _TEXTS:
+            with contextlib.suppress(ValueError, SyntaxError):
+                source[key] = ast.literal_eval(value)
     return source
+
+
+_TEXTS = {"root", "csv", "path", "directory", "data_dir", "dataset", "config", "revision"}  # a folder called 2012
 
 
 class Tfds:
@@ -142,11 +147,15 @@ class Tfds:
             raise IndexError(
                 f"{index} is outside 0..{len(self) - 1} of {self!r}"
             )  # a ValueError would not end a for loop
-        record = self._records[index]
+        record_id = f"{self.name}:{self.split}[{index}]"
+        try:
+            record = self._records[index]
+        except RuntimeError as error:  # of array_record
+            raise DecodeError(record_id, f"the record is damaged: {error}") from error
         label = record[self._label_key]
         if self._multi_label:
             label = _multi_hot(label, len(self.class_names))
-        return {"image": record[self._image_key], "label": label, "id": f"{self.name}:{self.split}[{index}]"}
+        return {"image": record[self._image_key], "label": label, "id": record_id}
 
     def __repr__(self) -> str:
         return f"Tfds({self.name}, split={self.split!r}, {len(self)} examples)"

@@ -14,6 +14,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +37,9 @@ def convert_tfds(directory: str | os.PathLike[str], out: str | os.PathLike[str])
 
     Raises:
       ValueError: no such data set, or a shard with another number of records than it says.
+      FileExistsError: `out` holds something already.
     """
+    out = _absent(out)
     source = Path(directory).expanduser()
     if not (source / TFDS_INFO).exists():
         raise FileNotFoundError(f"expected a data set that TFDS prepared (with {TFDS_INFO}) in {source}")
@@ -61,7 +64,7 @@ def convert_tfds(directory: str | os.PathLike[str], out: str | os.PathLike[str])
                 shutil.copy(file, scratch)
         (scratch / TFDS_INFO).write_text(json.dumps({**info, "fileFormat": "array_record"}, indent=2), encoding="utf-8")
 
-    return write_once(Path(out).expanduser().absolute(), write, marker=TFDS_INFO)
+    return write_once(out, write, marker=TFDS_INFO)
 
 
 def convert_examples(
@@ -85,11 +88,18 @@ def convert_examples(
 
     Raises:
       ValueError: a record without these features, or with a label that no class has; it is named.
+      FileExistsError: `out` holds something already.
     """
+    out = _absent(out)
+
+    # Before the progress bar, whose thread must not import anything while this import is under way.
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    new_example = tf_example_pb2.Example  # pyright: ignore[reportAttributeAccessIssue]
 
     def examples(file: Path) -> Iterator[bytes]:
         for row, record in enumerate(read_tfrecord(file)):
-            example = _parse_example(record, image_key, label_key, f"{file}[{row}]")
+            example = _parse_example(new_example(), record, image_key, label_key, f"{file}[{row}]")
             example["label"] += label_offset
             checked_label(example, len(class_names))
             yield records.pack(example)
@@ -101,28 +111,42 @@ def convert_examples(
             counts = [
                 records.write_shard(scratch / name, examples(shard)) for name, shard in zip(names, _progress(shards))
             ]
+            if not sum(counts):
+                raise ValueError(f"the files of {split!r} hold no record: {', '.join(map(str, shards[:5]))}")
             splits[split] = {"shards": dict(zip(names, counts))}
         index = {"name": "tfrecord", "class_names": list(class_names), "splits": splits}
         digest = hashlib.sha256(json.dumps(index).encode()).hexdigest()[:16]
         (scratch / records.INDEX).write_text(json.dumps({**index, "digest": digest}, indent=1), encoding="utf-8")
 
-    return write_once(Path(out).expanduser().absolute(), write, marker=records.INDEX)
+    return write_once(out, write, marker=records.INDEX)
 
 
 def read_tfrecord(path: Path) -> Iterator[bytes]:
-    """The records of one file."""
-    import grain
+    """The records of one file: each a length, a checksum of it, the data, a checksum of them.
+
+    Raises:
+      ValueError: the file ends early, is compressed, or is no TFRecord file.
+    """
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        while header := file.read(12):
+            start = file.tell()
+            if start == 12 and header[:2] == b"\x1f\x8b":
+                raise ValueError(f"{path} is compressed: gunzip it first")
+            length = int.from_bytes(header[:8], "little")
+            if start + length + 4 > size:  # whatever the length says: it may ask for all the memory there is
+                raise ValueError(f"{path} ends early or is no TFRecord file: {size} bytes, {length} more from {start}")
+            yield file.read(length)
+            file.seek(4, os.SEEK_CUR)
+
+
+def _parse_example(example: Any, record: bytes, image_key: str, label_key: str, record_id: str) -> dict[str, Any]:
+    from google.protobuf.message import DecodeError
 
     try:
-        yield from grain.experimental.TFRecordIterDataset(str(path))
-    except ValueError as error:
-        raise ValueError(f"{path} ends early or is no TFRecord file: {error}") from error
-
-
-def _parse_example(record: bytes, image_key: str, label_key: str, record_id: str) -> dict[str, Any]:
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    example = tf_example_pb2.Example.FromString(record)  # pyright: ignore[reportAttributeAccessIssue]
+        example.ParseFromString(record)
+    except DecodeError as error:
+        raise ValueError(f"{record_id} is no tf.train.Example: {error}") from error
     features = example.features.feature
     for key in (image_key, label_key):
         if key not in features:
@@ -132,6 +156,14 @@ def _parse_example(record: bytes, image_key: str, label_key: str, record_id: str
         found = f"{len(images)} byte strings and {len(labels)} integers"
         raise ValueError(f"{record_id}: expected one picture in {image_key!r} and one in {label_key!r}, found {found}")
     return {"image": images[0], "label": labels[0], "id": record_id}
+
+
+def _absent(out: str | os.PathLike[str]) -> Path:
+    """The folder to write: what an earlier conversion left there may be of other files, or with other labels."""
+    out = Path(out).expanduser().absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} holds something already; remove it or choose another folder")
+    return out
 
 
 def _progress(shards: Sequence[Path]) -> Iterator[Path]:
@@ -152,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--class_names", help="text file with one class name per line")
     arguments = parser.parse_args(argv)
     try:
-        if len(arguments.source) == 1 and "=" not in arguments.source[0]:
+        if len(arguments.source) == 1 and not _SPLIT.match(arguments.source[0]):
             out = convert_tfds(arguments.source[0], arguments.out)
             name = "tfds"
         else:
@@ -165,12 +197,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+_SPLIT = re.compile(r"([\w-]+)=")  # a path may hold an equals sign, too: train=/data/day=1/part-*
+
+
 def _convert_examples(arguments: argparse.Namespace) -> Path:
     files: dict[str, list[Path]] = {}
     split = ""
     for word in arguments.source:  # the shell may have expanded the pattern: train=a-0 a-1 val=b-0
-        name, equals, pattern = word.rpartition("=")
-        split = name if equals else split
+        match = _SPLIT.match(word)
+        split, pattern = (match[1], word[match.end() :]) if match else (split, word)
         files.setdefault(split, []).extend(Path(path) for path in sorted(glob.glob(os.path.expanduser(pattern))))
     if "" in files or not all(files.values()):
         raise ValueError(f"expected SPLIT=FILES with at least one file each, found {arguments.source}")
