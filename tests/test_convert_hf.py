@@ -426,7 +426,7 @@ def test_two_models_in_one_file_are_ambiguous(tmp_path):
         (dict(num_hidden_layers=1), r"in the file only:  vit.encoder.layer.1"),
         (dict(id2label={"0": "ant"}), "names 1 classes .* the head has 5 outputs"),
         (dict(hidden_act="mish"), "hidden_act='mish' in config.json is unknown here; known are gelu"),
-        (dict(model_type="beit"), "of no known family"),
+        (dict(model_type="beit"), "of no known family.*config.json says model_type='beit'"),
     ],
 )
 def test_config_of_another_model_is_an_error(change, message, tmp_path):

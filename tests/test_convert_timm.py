@@ -101,7 +101,9 @@ def test_bare_file_needs_the_name_of_its_architecture(tmp_path):
     shutil.copy(GOLDEN / "timm_vit_base_patch16_dinov3" / "model.safetensors", bare)
     with pytest.raises(ValueError, match=r"does not say which architecture.*family='timm:vit_base_patch16_224'"):
         load_pretrained(bare)
-    with pytest.raises(ValueError, match=r"shapes disagree(.|\n)*cls_token: float32 \[1, 1, 24\].*\[1, 1, 768\]"):
+    with pytest.raises(
+        ValueError, match=r"shapes or types disagree(.|\n)*cls_token: float32 \[1, 1, 24\].*\[1, 1, 768\]"
+    ):
         load_pretrained(bare, family="timm:vit_base_patch16_dinov3")
     pretrained = load_pretrained(
         bare, family="timm:vit_base_patch16_dinov3", fields=dict(width=24, num_heads=2), image_size=(16, 24)

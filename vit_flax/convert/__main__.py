@@ -11,13 +11,14 @@ Exit status: 0 done, 1 a parity case failed, 2 an error with a message.
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from vit_flax.convert.describe import describe, raw_table
+from vit_flax.convert.describe import describe, preprocessing, raw_table
 from vit_flax.convert.families import FAMILIES, GROUPS
-from vit_flax.convert.pretrained import load_pretrained, open_checkpoint
+from vit_flax.convert.pretrained import Pretrained, load_pretrained, open_checkpoint
 from vit_flax.convert.save import save_pretrained
 from vit_flax.convert.source import open_source
+from vit_flax.convert.table import Spec
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +68,20 @@ def convert(arguments: argparse.Namespace) -> None:
         preprocess=loaded.preprocess,
         posemb_resize=loaded.report.posemb_resize,
     )
-    print(f"wrote {path} as {open_checkpoint(path).family.name}")
+    written = open_checkpoint(path)
+    print(f"wrote {path} as {written.family.name}")
+    for line in not_kept(loaded, written.spec):
+        print(f"  {line}")
+
+
+def not_kept(loaded: Pretrained, written: Spec) -> Iterator[str]:
+    """What goes with the weights and has no place, or another value, in the written format: one line each."""
+    if loaded.class_names and written.class_names != loaded.class_names:
+        yield f"not kept       the names of the {len(loaded.class_names)} classes: this format has no place for them"
+    ours, theirs = loaded.preprocess, written.preprocess
+    if ours and (theirs is None or not ours.same_as(theirs)):
+        yield f"not kept       the preprocessing: {preprocessing(ours)}"
+        yield f"               it now says:       {preprocessing(theirs)}"
 
 
 def show(arguments: argparse.Namespace) -> None:

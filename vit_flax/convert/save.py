@@ -23,7 +23,7 @@ from vit_flax.models.layout import stack_blocks
 # Fields of `ViT` that say how to train or compute and not what the function is; no file format carries them.
 _NOT_ARCHITECTURE = {
     "drop_path", "drop_path_ramp", "dropout", "attention_dropout", "head_dropout", "head_bias_init", "head_zero_init",
-    "scan", "remat", "attention_impl", "return_attention", "dtype", "param_dtype", "parent", "name",
+    "scan", "scan_unroll", "remat", "attention_impl", "return_attention", "dtype", "param_dtype", "parent", "name",
 }  # fmt: skip
 
 
@@ -189,5 +189,7 @@ def _write(directory: Path, kind: Family, tensors: Mapping[str, np.ndarray], fil
             save_file(dict(tensors), made / WEIGHTS, metadata={"format": "pt"})
             for name, content in files.items():
                 (made / name).write_text(json.dumps(content, indent=2) + "\n")
+            # safetensors lets nobody else read its file; who may is for the umask to say, as with the others.
+            (made / WEIGHTS).chmod((made / CONFIG).stat().st_mode)
         os.replace(made, target)
     return target

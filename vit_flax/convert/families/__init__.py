@@ -55,7 +55,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
 _OUT_OF_SCOPE = {
     r"relative_position_bias_table|rel_pos_bias": "a BEiT or Swin model, with relative position biases",
     r"conv_root/kernel|patch_embed\.backbone\.|bit\.embedder": "a hybrid: its patches come from a ResNet",
-    r"^txt/|^text_model\.|^embeddings\.token_embedding|^transformer\.resblocks": "a text tower without an image tower",
+    r"^(params/)?txt/|^text_model\.": "a text tower without an image tower",
+    r"^embeddings\.token_embedding|^transformer\.resblocks": "a text tower without an image tower",
 }
 
 
@@ -92,8 +93,9 @@ def _unclear(source: Source, found: list[str]) -> ValueError:
     for pattern, what in _OUT_OF_SCOPE.items():
         if key := next((key for key in source.tensors if re.search(pattern, key)), None):
             return ValueError(f"{source.path} looks like {what} ({key!r}).")
-    keys = list(source.tensors)[:5]
+    keys, said = list(source.tensors)[:5], source.config.get("model_type")
+    said = f", and config.json says model_type={said!r}" if said else ""
     return ValueError(
-        f"{source.path} is of no known family: its {len(source.tensors)} tensors begin with {keys}. Known are "
+        f"{source.path} is of no known family: its {len(source.tensors)} tensors begin with {keys}{said}. Known are "
         + "; ".join(f"{family.name} ({family.about})" for family in FAMILIES.values())
     )
