@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 from vit_flax import Pretrained, load_pretrained, save_pretrained
+from vit_flax.convert.source import weight_files
 
 GOLDEN = Path(__file__).parent / "golden"
 CHECKPOINT = GOLDEN / "vit_jax_prelinen.ckpt.npz"  # B/8 of width 32 and depth 3 for images of 32x32, 5 classes
@@ -143,6 +144,14 @@ def test_what_is_out_of_scope_is_named(key, what, tmp_path):
         load_pretrained(tmp_path / "a.safetensors")
 
 
+def test_two_models_in_one_file(tmp_path):
+    def add_average(weights):
+        weights |= {f"opt/target/{name}": 2 * w for name, w in weights.items()}
+
+    with pytest.raises(ValueError, match=r"changed\.npz: '.*' and \d+ more have the same names in google.*two models"):
+        load_pretrained(changed(add_average, tmp=tmp_path))
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_numbers_that_are_none(value, tmp_path):
     def damage(weights):
@@ -238,6 +247,14 @@ def test_what_the_message_proposes_leaves_the_rest_alone(pretrained, tmp_path):
     new = load_pretrained(tmp_path / "changed.npz", ignore=patterns)
     assert new.report.loaded == pretrained.report.loaded
     assert len(new.report.unused) == 9
+
+
+def test_paths_may_begin_with_the_home_directory(pretrained, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    written = save_pretrained("~/own", pretrained.model, pretrained.params, family="vit_flax")
+    assert written == tmp_path / "own"
+    assert load_pretrained("~/own").report.loaded == pretrained.report.loaded
+    assert weight_files("~/own") == [written / "model.safetensors"]
 
 
 def test_how_a_model_is_compiled_does_not_stop_an_export(pretrained, tmp_path):

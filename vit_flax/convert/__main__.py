@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 
+from vit_flax.convert.arguments import size, whole
 from vit_flax.convert.describe import describe, preprocessing, raw_table
 from vit_flax.convert.families import FAMILIES, GROUPS
 from vit_flax.convert.pretrained import Pretrained, load_pretrained, open_checkpoint
@@ -114,10 +115,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--parity", action="store_true", help="compare with the installed reference libraries")
     change = parser.add_argument_group("changes on the way (as the arguments of load_pretrained)")
     change.add_argument("--family", help=f"one of {', '.join(FAMILIES)}; found from the file unless given")
-    change.add_argument("--num_classes", type=int, help="a new head of this size; 0 for none")
-    change.add_argument("--image_size", type=_size, metavar="N|HxW", help="resample the position table")
-    change.add_argument("--patch_size", type=_size, metavar="N|HxW", help="resize the patch embedding")
-    change.add_argument("--channels", type=int, help="adapt the patch embedding")
+    change.add_argument("--num_classes", type=whole(0), help="a new head of this size; 0 for none")
+    change.add_argument("--image_size", type=size, metavar="N|HxW", help="resample the position table")
+    change.add_argument("--patch_size", type=size, metavar="N|HxW", help="resize the patch embedding")
+    change.add_argument("--channels", type=whole(1), help="adapt the patch embedding")
     change.add_argument("--posemb_resize", metavar="METHOD", help="instead of the family's own")
     change.add_argument("--ignore", nargs="+", default=(), metavar="REGEX", help="leave out what matches")
     parity = parser.add_argument_group("with --parity")
@@ -125,12 +126,6 @@ def _parser() -> argparse.ArgumentParser:
     parity.add_argument("--only", metavar="REGEX", help="cases whose 'family name' matches")
     parity.add_argument("--write", metavar="FILE", help="replace the table in this file (docs/weights.md)")
     return parser
-
-
-def _size(text: str) -> tuple[int, int]:
-    """Reads "224" or "224x384"."""
-    rows, _, columns = text.partition("x")
-    return int(rows), int(columns or rows)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def save_pretrained(
       FileExistsError: there is something at `directory` already.
       ValueError: the target cannot express the model; every reason is listed. Nothing was written.
     """
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(f"{directory} exists and is not empty: choose another place, or remove it first.")
     names = GROUPS.get(family, (family,))

@@ -84,6 +84,13 @@ def find_family(source: Source, name: str | None) -> tuple[Family, Source]:
     elif name not in found:
         also = f" It looks like {', '.join(found)}." if found else ""
         raise ValueError(f"{source.path} does not look like family={name!r} ({FAMILIES[name].about}).{also}")
+    kept = {tensor.key for tensor in spelled[name].tensors.values()}
+    # DINOv3's masks are part of the biases from here on.
+    if lost := [key for key in source.tensors if key not in kept and not key.endswith(".bias_mask")]:
+        raise ValueError(
+            f"{source.path}: {lost[0]!r} and {len(lost) - 1} more have the same names in {name} as other tensors of "
+            "the file, which seems to hold two models. Save one of them by itself."
+        )
     return FAMILIES[name], spelled[name]
 
 
