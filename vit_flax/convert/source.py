@@ -114,7 +114,9 @@ def open_source(path: str | Path) -> Source:
 
 def _open_local(path: Path, *, name: str, keep_alive: Any) -> Source:
     if not path.exists():
-        raise FileNotFoundError(f"{name}: there is no such file or folder.")
+        on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not path.parent.exists()
+        hint = f" If it is a repository of the Hugging Face hub: hf://{name}." if on_hub else ""
+        raise FileNotFoundError(f"{name}: there is no such file or folder.{hint}")
     file = _find_weights(path, name) if path.is_dir() else path
     if file.suffix in (".pth", ".pt", ".bin", ".ckpt"):
         raise ValueError(
