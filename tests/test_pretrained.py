@@ -107,6 +107,7 @@ def test_image_size_that_the_patch_does_not_divide():
         (dict(channels=0), "channels=0: expected a whole number of 1 or more."),
         (dict(num_classes=-1), "num_classes=-1: expected a whole number of 0 or more."),
         (dict(posemb_resize="lanczos"), "posemb_resize='lanczos' is unknown: expected one of bicubic, "),
+        (dict(fields={"scan": False}), "fields={'scan': False}: parameters are loaded with the blocks stacked"),
         (dict(ignore="head"), "ignore='head': expected a list of regular expressions, such as ['head']"),
         (dict(ignore=["("]), "ignore: '(' is no regular expression"),
     ],
@@ -260,6 +261,13 @@ def test_paths_may_begin_with_the_home_directory(pretrained, tmp_path, monkeypat
 def test_how_a_model_is_compiled_does_not_stop_an_export(pretrained, tmp_path):
     model = pretrained.model.clone(scan_unroll=3, remat="full", drop_path=0.1)
     save_pretrained(tmp_path / "hf", model, pretrained.params, family="hf")
+
+
+@pytest.mark.parametrize("params", [{}, {"params": {"norm": {"scale": np.ones(32, np.float32)}}}])
+def test_parameters_of_no_model_are_not_written(params, pretrained, tmp_path):
+    with pytest.raises(ValueError, match=r"there is no patch_embed/kernel, only \[.*Give the tree below 'params'"):
+        save_pretrained(tmp_path / "out", pretrained.model, params, family="hf")
+    assert not (tmp_path / "out").exists()
 
 
 def test_written_files_are_for_all_whom_the_umask_lets(pretrained, tmp_path):

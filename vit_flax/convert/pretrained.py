@@ -146,6 +146,11 @@ class Opened:
 
 def open_checkpoint(path: str | Path, *, family: str | None = None, fields: Mapping[str, Any] | None = None) -> Opened:
     """Opens a checkpoint and finds out what it is; arguments and errors as of `load_pretrained`."""
+    if not (fields or {}).get("scan", True):
+        raise ValueError(
+            "fields={'scan': False}: parameters are loaded with the blocks stacked. Take model.clone(scan=False) and "
+            "vit_flax.models.layout.unstack_blocks(params) afterwards."
+        )
     kind, source = find_family(open_source(path), family)
     try:
         spec = kind.describe(source)

@@ -79,6 +79,11 @@ def _outgoing(
 ) -> Outgoing:
     flat = {p: np.asarray(w) for p, w in flatten_dict(stack_blocks(params), sep="/").items()}
     flat = {p: w.astype(np.float32) if w.dtype == ml_dtypes.bfloat16 else w for p, w in flat.items()}
+    if "patch_embed/kernel" not in flat:
+        raise ValueError(
+            "The parameters are not those of a ViT: there is no patch_embed/kernel, only "
+            f"{sorted(flat)[:5]}. Give the tree below 'params'."
+        )
     ph, pw = (model.patch_size, model.patch_size) if isinstance(model.patch_size, int) else model.patch_size
     channels = flat["patch_embed/kernel"].shape[0] // (ph * pw)
     if "posemb/table" in flat:
