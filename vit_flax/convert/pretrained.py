@@ -1,6 +1,5 @@
 """`load_pretrained`: from somebody's checkpoint to a model, its parameters and what its images must go through."""
 
-import numbers
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -183,7 +182,7 @@ class _Wanted:
         for name, least in (("num_classes", 0), ("channels", 1), ("image_size", 1), ("patch_size", 1)):
             value = getattr(self, name)
             sides = value if isinstance(value, Sequence) else () if value is None else (value,)
-            whole = all(isinstance(n, numbers.Integral) and n >= least for n in sides)
+            whole = all(isinstance(n, int | np.integer) and n >= least for n in sides)
             if not whole or (isinstance(value, Sequence) and len(value) != 2):
                 pairs = ", or two of them: rows and columns" if name.endswith("size") else ""
                 raise ValueError(f"{name}={value!r}: expected a whole number of {least} or more{pairs}.")
