@@ -422,11 +422,11 @@ def test_two_models_in_one_file_are_ambiguous(tmp_path):
     [
         (dict(intermediate_size=48), r"vit.encoder.layer.0.intermediate.dense.weight: float32 \[40, 24\] in the file"),
         (dict(image_size=32), r"vit.embeddings.position_embeddings: float32 \[1, 17, 24\] in the file"),
-        (dict(num_hidden_layers=3), r"in the file only:.*vit.encoder.layer.0.*nearest"),
-        (dict(num_hidden_layers=1), r"in the file only:  vit.encoder.layer.1"),
+        (dict(num_hidden_layers=3), r"the file has 2 blocks \(encoder\.layer\.0 to 1\..* and the model 3\."),
+        (dict(num_hidden_layers=1), r"the file has 2 blocks \(encoder\.layer\.0 to 1\..* and the model 1\."),
         (dict(id2label={"0": "ant"}), "names 1 classes .* the head has 5 outputs"),
         (dict(hidden_act="mish"), "hidden_act='mish' in config.json is unknown here; known are gelu"),
-        (dict(model_type="beit"), "of no known family"),
+        (dict(model_type="beit"), "of no known family.*config.json says model_type='beit'"),
     ],
 )
 def test_config_of_another_model_is_an_error(change, message, tmp_path):

@@ -30,6 +30,26 @@ def test_conversion_there_and_back_with_changes_on_the_way(tmp_path, capsys):
     np.testing.assert_array_equal(ours["head/kernel"], theirs["head/kernel"])
 
 
+@pytest.mark.parametrize(
+    ("name", "to", "lines"),
+    [
+        ("vit_jax_prelinen.ckpt.npz", "hf", ["preprocessing: stretch to 32x32 (bilinear, without antialiasing), mean"]),
+        ("vit_jax_prelinen.ckpt.npz", "vit_flax", []),
+        ("meta_dinov2", "hf", []),  # 0.875 of 18 pixels and 0.889 of 18 pixels are the same 16
+        (
+            "hf_SiglipForImageClassification",
+            "npz",
+            ["names of the 5 classes: this format has", "preprocessing: stretch to 16x16 (bicubic), mean"],
+        ),
+    ],
+)
+def test_what_the_format_has_no_place_for_is_said(name, to, lines, tmp_path, capsys):
+    assert command.main([str(CHECKPOINT.with_name(name)), str(tmp_path / "out"), "--to", to]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  not kept ")]
+    assert len(said) == len(lines)
+    assert all(line in printed for line, printed in zip(lines, said, strict=True))
+
+
 def test_description_says_what_the_file_is(capsys):
     assert command.main(["--describe", str(CHECKPOINT)]) == 0
     lines = capsys.readouterr().out.splitlines()

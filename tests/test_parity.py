@@ -79,6 +79,18 @@ def test_reference_that_breaks_is_a_failure_and_the_rest_runs(monkeypatch, capsy
     assert f"| google | {NAME} |" in printed
 
 
+def test_reference_that_breaks_loses_no_line_of_the_page(monkeypatch, tmp_path, capsys):
+    def build(seed):
+        raise RuntimeError("its C++ part is missing")
+
+    monkeypatch.setattr(run, "all_cases", lambda: [dataclasses.replace(SMALL, name="broken", build=build), SMALL])
+    page = tmp_path / "weights.md"
+    page.write_text(f"{run.BEGIN}\nkept\n{run.END}\n")
+    assert command.main(["--parity", "--write", str(page)]) == 2
+    assert "was not changed, since lines would be lost: 1 cases failed (google broken)" in capsys.readouterr().err
+    assert page.read_text() == f"{run.BEGIN}\nkept\n{run.END}\n"
+
+
 def test_other_family_than_expected_is_a_failure(monkeypatch, capsys):
     monkeypatch.setattr(run, "all_cases", lambda: [dataclasses.replace(SMALL, family="big_vision")])
     assert command.main(["--parity"]) == 1

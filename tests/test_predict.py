@@ -83,12 +83,31 @@ def test_what_cannot_be_read_is_said_and_the_rest_is_classified(run, capsys, tmp
         (["--checkpoint", "tests/golden/vit_jax_prelinen.ckpt.npz", "nowhere.jpg"], "nowhere.jpg: there is no such"),
         (["--checkpoint", "tests/golden/vit_jax_prelinen.ckpt.npz", "docs"], "docs: the folder holds no picture"),
         (["--checkpoint", "tests/golden/big_vision_map_siglip.ckpt.npz", "README.md"], "has no head"),
+        (["--checkpoint", "tests/golden/hf_CLIPModel", "README.md"], "its head projects into the space of CLIP's text"),
         (["--checkpoint", "hf://a/b/c", "README.md", "--preprocess", "{"], "hf://a/b/c: "),
     ],
 )
 def test_mistakes_end_with_a_message(arguments, message, capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     assert predict.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--top", "0"], "argument --top: expected a whole number of 1 or more, found '0'"),
+        (["--batch_size", "many"], "argument --batch_size: expected a whole number of 1 or more, found 'many'"),
+        (["--image_size", "24x"], None),
+        (["--image_size", "big"], "argument --image_size: expected a size such as 224 or 224x384, found 'big'"),
+    ],
+)
+def test_numbers_on_the_command_line(arguments, message, capsys):
+    if message is None:
+        assert predict._parser().parse_args(["--checkpoint", "a", "b", *arguments]).image_size == (24, 24)
+        return
+    with pytest.raises(SystemExit, match="2"):
+        predict.main(["--checkpoint", "a", "b", *arguments])
     assert message in capsys.readouterr().err
 
 

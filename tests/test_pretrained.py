@@ -1,6 +1,7 @@
 """`load_pretrained` beyond parity: what the caller may change, what is refused and how it says so."""
 
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -11,6 +12,7 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 from vit_flax import Pretrained, load_pretrained, save_pretrained
+from vit_flax.convert.source import weight_files
 
 GOLDEN = Path(__file__).parent / "golden"
 CHECKPOINT = GOLDEN / "vit_jax_prelinen.ckpt.npz"  # B/8 of width 32 and depth 3 for images of 32x32, 5 classes
@@ -93,6 +95,28 @@ def test_image_size_that_the_patch_does_not_divide():
         load_pretrained(CHECKPOINT, image_size=(30, 32))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            dict(image_size=0),
+            "image_size=(0, 0): expected a whole number of 1 or more, or two of them: rows and columns",
+        ),
+        (dict(image_size=(32, -32)), "image_size=(32, -32): expected"),
+        (dict(patch_size=0), "patch_size=0: expected"),
+        (dict(channels=0), "channels=0: expected a whole number of 1 or more."),
+        (dict(num_classes=-1), "num_classes=-1: expected a whole number of 0 or more."),
+        (dict(posemb_resize="lanczos"), "posemb_resize='lanczos' is unknown: expected one of bicubic, "),
+        (dict(fields={"scan": False}), "fields={'scan': False}: parameters are loaded with the blocks stacked"),
+        (dict(ignore="head"), "ignore='head': expected a list of regular expressions, such as ['head']"),
+        (dict(ignore=["("]), "ignore: '(' is no regular expression"),
+    ],
+)
+def test_arguments_that_make_no_sense(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_pretrained(CHECKPOINT, **arguments)
+
+
 def test_unknown_and_wrong_families(tmp_path):
     with pytest.raises(ValueError, match=r"Unknown family 'gogle': expected one of google, big_vision"):
         load_pretrained(CHECKPOINT, family="gogle")
@@ -110,6 +134,7 @@ def test_unknown_and_wrong_families(tmp_path):
     [
         ("text_model.encoder.layers.0.mlp.fc1.weight", "a text tower without an image tower"),
         ("txt/Encoder_0/encoder_norm/scale", "a text tower without an image tower"),
+        ("params/txt/Encoder_0/encoder_norm/scale", "a text tower without an image tower"),
         ("blocks.0.attn.relative_position_bias_table", "a BEiT or Swin model"),
         ("conv_root/kernel", "a hybrid: its patches come from a ResNet"),
     ],
@@ -118,6 +143,14 @@ def test_what_is_out_of_scope_is_named(key, what, tmp_path):
     save_file({key: np.zeros((2, 2), np.float32)}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=rf"a\.safetensors looks like {what}.*'{key.partition('.')[0]}"):
         load_pretrained(tmp_path / "a.safetensors")
+
+
+def test_two_models_in_one_file(tmp_path):
+    def add_average(weights):
+        weights |= {f"opt/target/{name}": 2 * w for name, w in weights.items()}
+
+    with pytest.raises(ValueError, match=r"changed\.npz: '.*' and \d+ more have the same names in google.*two models"):
+        load_pretrained(changed(add_average, tmp=tmp_path))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -137,12 +170,35 @@ def test_extreme_but_finite_numbers_are_loaded(tmp_path):
     assert load_pretrained(changed(enlarge, tmp=tmp_path)).params["head"]["kernel"].max() > 1e38
 
 
+def test_numbers_too_large_for_float32_are_named(tmp_path):
+    def enlarge(weights):
+        weights["head/kernel"] = weights["head/kernel"].astype(np.float64) * 1e200
+
+    with pytest.raises(ValueError, match=r"'head/kernel' holds 160 values that are NaN or infinite in float32"):
+        load_pretrained(changed(enlarge, tmp=tmp_path))
+
+
+@pytest.mark.parametrize("number", [1, 4])
+def test_number_of_blocks_that_disagrees_is_one_error(number, pretrained, tmp_path):
+    path = save_pretrained(tmp_path / "hf", pretrained.model, pretrained.params, family="hf:vit")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": number}))
+    with pytest.raises(ValueError, match=rf"the file has 3 blocks \(.* and the model {number}\. The configuration"):
+        load_pretrained(path)
+
+
+def test_the_first_blocks_alone(pretrained):
+    first = load_pretrained(CHECKPOINT, fields={"depth": 2}, ignore=["encoderblock_2/"])
+    kernel = pretrained.params["blocks"]["mlp"]["fc1"]["kernel"]
+    np.testing.assert_array_equal(first.params["blocks"]["mlp"]["fc1"]["kernel"], kernel[:2])
+
+
 def test_shapes_that_disagree_with_the_configuration(own):
     config = json.loads((own / "config.json").read_text())
     config["model"] |= {"width": 64, "mlp_dim": 128}
     (own / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        ValueError, match=r"(?s)own: shapes disagree.*blocks/mlp/fc1/kernel: float32 \[3, 32, 64\] in the"
+        ValueError, match=r"(?s)own: shapes or types disagree.*blocks/mlp/fc1/kernel: float32 \[3, 32, 64\] in the"
     ):
         load_pretrained(own)
 
@@ -179,6 +235,45 @@ def test_tensors_without_parameters_and_the_reverse(tmp_path):
     new = load_pretrained(tmp_path / "changed.npz", ignore=eval(patterns))
     assert new.report.missing == {"norm/scale": (32,)}
     assert (new.params["norm"]["scale"] == 1).all()
+
+
+def test_what_the_message_proposes_leaves_the_rest_alone(pretrained, tmp_path):
+    def add(weights):
+        weights |= {f"Transformer/encoderblock_{i}/Gate_{j}/scale": np.ones(3) for i in range(3) for j in range(3)}
+
+    with pytest.raises(ValueError, match="9 tensors of the file have no place") as error:
+        load_pretrained(changed(add, tmp=tmp_path))
+    patterns = eval(str(error.value).partition("ignore=")[2])
+    assert patterns == [r"^Transformer/encoderblock_\d+/Gate_\d+/"]
+    new = load_pretrained(tmp_path / "changed.npz", ignore=patterns)
+    assert new.report.loaded == pretrained.report.loaded
+    assert len(new.report.unused) == 9
+
+
+def test_paths_may_begin_with_the_home_directory(pretrained, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    written = save_pretrained("~/own", pretrained.model, pretrained.params, family="vit_flax")
+    assert written == tmp_path / "own"
+    assert load_pretrained("~/own").report.loaded == pretrained.report.loaded
+    assert weight_files("~/own") == [written / "model.safetensors"]
+
+
+def test_how_a_model_is_compiled_does_not_stop_an_export(pretrained, tmp_path):
+    model = pretrained.model.clone(scan_unroll=3, remat="full", drop_path=0.1)
+    save_pretrained(tmp_path / "hf", model, pretrained.params, family="hf")
+
+
+@pytest.mark.parametrize("params", [{}, {"params": {"norm": {"scale": np.ones(32, np.float32)}}}])
+def test_parameters_of_no_model_are_not_written(params, pretrained, tmp_path):
+    with pytest.raises(ValueError, match=r"there is no patch_embed/kernel, only \[.*Give the tree below 'params'"):
+        save_pretrained(tmp_path / "out", pretrained.model, params, family="hf")
+    assert not (tmp_path / "out").exists()
+
+
+def test_written_files_are_for_all_whom_the_umask_lets(pretrained, tmp_path):
+    path = save_pretrained(tmp_path / "hf", pretrained.model, pretrained.params, family="hf")
+    (tmp_path / "usual").touch()
+    assert {file.stat().st_mode for file in path.iterdir()} == {(tmp_path / "usual").stat().st_mode}
 
 
 def test_integers_are_no_weights(own):

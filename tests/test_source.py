@@ -160,3 +160,12 @@ def test_shards_that_are_missing(weights, tmp_path):
     index.write_text("{}")
     with pytest.raises(ValueError, match=r"index\.json: expected a table 'weight_map'"):
         open_source(tmp_path)
+
+
+def test_name_of_a_repository_without_its_scheme():
+    with pytest.raises(
+        FileNotFoundError, match=r"no such file or folder\. If it is a repository.*: hf://owner/vit-base\."
+    ):
+        open_source("owner/vit-base")
+    with pytest.raises(FileNotFoundError, match=r"no such file or folder\.$"):
+        open_source("tests/vit-base")

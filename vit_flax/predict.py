@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_flax.convert import Preprocess, Pretrained, load_pretrained
+from vit_flax.convert.arguments import size, whole
 from vit_flax.data.decode import MODES, DecodeError, open_picture
 from vit_flax.data.folder import SUFFIXES
 
@@ -38,10 +39,15 @@ def predict(
       batch_size: pictures per step of the model; the last step is filled up, so that one program serves all.
 
     Yields: the path, and `{"class": name, "index": int, "probability": float}` for each class, the best one first.
-    Raises: ValueError: the checkpoint has no head, or does not say how pictures were prepared.
+    Raises: ValueError: the checkpoint has no head or CLIP's, or does not say how pictures were prepared.
     """
     if pretrained.model.num_classes is None:
         raise ValueError(f"{pretrained.report.path} has no head: it gives features, not classes. Fine-tune it first.")
+    if pretrained.report.family == "hf:clip":
+        raise ValueError(
+            f"{pretrained.report.path} has no classes: its head projects into the space of CLIP's text tower. "
+            "Fine-tune it first."
+        )
     if pretrained.preprocess is None:
         raise ValueError(
             f"{pretrained.report.path} does not say what its pictures went through. Say it, for example: "
@@ -141,11 +147,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", required=True, help="file, folder, workdir or address")
     parser.add_argument("--family", help="of the checkpoint; found from the file unless given")
     parser.add_argument(
-        "--image_size", type=int, help="in pixels; another one than the checkpoint's resamples positions"
+        "--image_size", type=size, metavar="N|HxW", help="in pixels; another than the checkpoint's resamples positions"
     )
     parser.add_argument("--preprocess", metavar="JSON", help="instead of the checkpoint's, or where it has none")
-    parser.add_argument("--top", type=int, default=5, help="classes per picture (5)")
-    parser.add_argument("--batch_size", type=int, default=16, help="pictures per step (16)")
+    parser.add_argument("--top", type=whole(1), default=5, help="classes per picture (5)")
+    parser.add_argument("--batch_size", type=whole(1), default=16, help="pictures per step (16)")
     parser.add_argument("--json", action="store_true", help="one JSON object per picture instead of text")
     return parser
 

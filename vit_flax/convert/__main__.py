@@ -11,13 +11,15 @@ Exit status: 0 done, 1 a parity case failed, 2 an error with a message.
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from vit_flax.convert.describe import describe, raw_table
+from vit_flax.convert.arguments import size, whole
+from vit_flax.convert.describe import describe, preprocessing, raw_table
 from vit_flax.convert.families import FAMILIES, GROUPS
-from vit_flax.convert.pretrained import load_pretrained, open_checkpoint
+from vit_flax.convert.pretrained import Pretrained, load_pretrained, open_checkpoint
 from vit_flax.convert.save import save_pretrained
 from vit_flax.convert.source import open_source
+from vit_flax.convert.table import Spec
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +69,20 @@ def convert(arguments: argparse.Namespace) -> None:
         preprocess=loaded.preprocess,
         posemb_resize=loaded.report.posemb_resize,
     )
-    print(f"wrote {path} as {open_checkpoint(path).family.name}")
+    written = open_checkpoint(path)
+    print(f"wrote {path} as {written.family.name}")
+    for line in not_kept(loaded, written.spec):
+        print(f"  {line}")
+
+
+def not_kept(loaded: Pretrained, written: Spec) -> Iterator[str]:
+    """What goes with the weights and has no place, or another value, in the written format: one line each."""
+    if loaded.class_names and written.class_names != loaded.class_names:
+        yield f"not kept       the names of the {len(loaded.class_names)} classes: this format has no place for them"
+    ours, theirs = loaded.preprocess, written.preprocess
+    if ours and (theirs is None or not ours.same_as(theirs)):
+        yield f"not kept       the preprocessing: {preprocessing(ours)}"
+        yield f"               it now says:       {preprocessing(theirs)}"
 
 
 def show(arguments: argparse.Namespace) -> None:
@@ -100,10 +115,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--parity", action="store_true", help="compare with the installed reference libraries")
     change = parser.add_argument_group("changes on the way (as the arguments of load_pretrained)")
     change.add_argument("--family", help=f"one of {', '.join(FAMILIES)}; found from the file unless given")
-    change.add_argument("--num_classes", type=int, help="a new head of this size; 0 for none")
-    change.add_argument("--image_size", type=_size, metavar="N|HxW", help="resample the position table")
-    change.add_argument("--patch_size", type=_size, metavar="N|HxW", help="resize the patch embedding")
-    change.add_argument("--channels", type=int, help="adapt the patch embedding")
+    change.add_argument("--num_classes", type=whole(0), help="a new head of this size; 0 for none")
+    change.add_argument("--image_size", type=size, metavar="N|HxW", help="resample the position table")
+    change.add_argument("--patch_size", type=size, metavar="N|HxW", help="resize the patch embedding")
+    change.add_argument("--channels", type=whole(1), help="adapt the patch embedding")
     change.add_argument("--posemb_resize", metavar="METHOD", help="instead of the family's own")
     change.add_argument("--ignore", nargs="+", default=(), metavar="REGEX", help="leave out what matches")
     parity = parser.add_argument_group("with --parity")
@@ -111,12 +126,6 @@ def _parser() -> argparse.ArgumentParser:
     parity.add_argument("--only", metavar="REGEX", help="cases whose 'family name' matches")
     parity.add_argument("--write", metavar="FILE", help="replace the table in this file (docs/weights.md)")
     return parser
-
-
-def _size(text: str) -> tuple[int, int]:
-    """Reads "224" or "224x384"."""
-    rows, _, columns = text.partition("x")
-    return int(rows), int(columns or rows)
 
 
 if __name__ == "__main__":

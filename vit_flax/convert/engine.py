@@ -40,8 +40,10 @@ def read(source: Source, rows: Sequence[Row], shapes: Shapes) -> tuple[Flat, set
 
     Returns: the parameters by path, and the names of the tensors that they came from.
 
-    Raises: ValueError: shapes disagree (all of them are listed), a tensor holds NaN or infinity, or cannot be read.
+    Raises: ValueError: the number of blocks, shapes or types disagree (all of them are listed), a tensor holds NaN or
+      infinity, or cannot be read.
     """
+    _check_depth(source, rows, shapes)
     jobs: list[tuple[str, int | None, Row, Tensor]] = []
     wrong: list[str] = []
     params: Flat = {}
@@ -65,7 +67,9 @@ def read(source: Source, rows: Sequence[Row], shapes: Shapes) -> tuple[Flat, set
     if wrong:
         more = [f"  and {len(wrong) - 20} more"] if len(wrong) > 20 else []
         raise ValueError(
-            "\n".join([f"{source.path}: shapes disagree with the model that the file describes:", *wrong[:20], *more])
+            "\n".join(
+                [f"{source.path}: shapes or types disagree with the model that the file describes:", *wrong[:20], *more]
+            )
             + "\nThe configuration does not belong to these weights, or the wrong family was named."
         )
 
@@ -78,6 +82,21 @@ def read(source: Source, rows: Sequence[Row], shapes: Shapes) -> tuple[Flat, set
         list(pool.map(run, jobs))
     used = {row.theirs if i is None else row.theirs.replace("{i}", str(i)) for _, i, row, _ in jobs}
     return params, used
+
+
+def _check_depth(source: Source, rows: Sequence[Row], shapes: Shapes) -> None:
+    """A wrong number of blocks would otherwise be an error about every tensor of a block."""
+    in_blocks = [row for row in rows if "{i}" in row.theirs and row.ours in shapes]
+    if not in_blocks:  # a format of stacked blocks
+        return
+    pattern = max((row.theirs for row in in_blocks), key=source.depth)
+    found, wanted = source.depth(pattern), shapes[in_blocks[0].ours].shape[0]
+    if found not in (0, wanted):
+        raise ValueError(
+            f"{source.path}: the file has {found} blocks ({pattern.replace('{i}', f'0 to {found - 1}')}) and the model "
+            f"{wanted}. The configuration does not belong to these weights, or a part of them is missing: fetch both "
+            "again. (To use some blocks only: fields={'depth': ...}, and ignore=[...] for the others.)"
+        )
 
 
 def _fits(row: Row, tensor: Tensor, target: tuple[int, ...]) -> bool:
@@ -96,7 +115,7 @@ def _fits(row: Row, tensor: Tensor, target: tuple[int, ...]) -> bool:
     return max(ours) == max(theirs) and (ours <= theirs or theirs <= ours)
 
 
-_STRIP = 32  # columns; a strip of 32 rows of a transposed matrix stays in the cache
+_STRIP = 64  # columns; so many rows of the file stay in the cache, and the inner loop is worth its start
 
 
 def _copy(source: Source, row: Row, tensor: Tensor, target: np.ndarray) -> None:
@@ -105,18 +124,18 @@ def _copy(source: Source, row: Row, tensor: Tensor, target: np.ndarray) -> None:
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
         raise ValueError(f"{source.path}: {tensor.key!r} cannot be read ({error}). Fetch the file again.") from error
     out = target.reshape(view.shape)
-    if view.ndim == 2 and not view.flags.c_contiguous:
-        for first in range(0, view.shape[1], _STRIP):
-            out[:, first : first + _STRIP] = view[:, first : first + _STRIP]
-    else:
-        out[...] = view
-    # The sum is as cheap as a pass can be, and a NaN or an infinity cannot hide in it.
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # what float64 holds and float32 cannot becomes infinite
+        if view.ndim == 2 and not view.flags.c_contiguous:
+            for first in range(0, view.shape[1], _STRIP):
+                out[:, first : first + _STRIP] = view[:, first : first + _STRIP]
+        else:
+            out[...] = view
+        # The sum is as cheap as a pass can be, and a NaN or an infinity cannot hide in it.
         suspicious = not np.isfinite(np.add.reduce(out, axis=None, dtype=np.float32))
     if suspicious and (count := np.size(out) - np.count_nonzero(np.isfinite(out))):
         raise ValueError(
-            f"{source.path}: {tensor.key!r} holds {count} values that are NaN or infinite. The weights are damaged, or "
-            "were saved by a run that had diverged: take an older checkpoint."
+            f"{source.path}: {tensor.key!r} holds {count} values that are NaN or infinite in {out.dtype}. The "
+            "weights are damaged, or were saved by a run that had diverged: take an older checkpoint."
         )
 
 

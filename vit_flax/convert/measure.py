@@ -27,6 +27,7 @@ def measure(path: str | Path, *, family: str | None, repeats: int = 7) -> str:
     """
     files = weight_files(path)
     size = sum(file.stat().st_size for file in files)
+    memory = _peak_bytes(path, family)  # first: memory that an earlier load gave back may still count as resident
     _read_and_copy(files)
     numpy_secs, load_secs = [], []
     for _ in range(repeats):
@@ -37,7 +38,6 @@ def measure(path: str | Path, *, family: str | None, repeats: int = 7) -> str:
         numpy_secs.append(middle - start)
         load_secs.append(time.perf_counter() - middle)
     ratio = statistics.median(ours / theirs for ours, theirs in zip(load_secs, numpy_secs, strict=True))
-    memory = _peak_bytes(path, family)
     return "\n".join(
         [
             f"{len(files)} file(s), {size / MIB:,.1f} MiB; median of {repeats} turns, spread in brackets",

@@ -85,6 +85,11 @@ class Preprocess:
         )
         return dataclasses.replace(self, mean=mean, std=std)
 
+    def same_as(self, other: "Preprocess") -> bool:
+        """Whether both do the same to every picture; files round the size of the resize, so fractions may differ."""
+        plain = [dataclasses.replace(p, crop_fraction=None) for p in (self, other)]
+        return plain[0] == plain[1] and all(self.resized(*s) == other.resized(*s) for s in ((480, 640), (640, 480)))
+
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for a file."""
         return dataclasses.asdict(self)

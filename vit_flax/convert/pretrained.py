@@ -100,6 +100,9 @@ def load_opened(
     posemb_resize: str | None = None,
 ) -> Pretrained:
     """Loads a checkpoint that is open already; arguments and errors as of `load_pretrained`."""
+    wanted = _Wanted(num_classes, new_head, _pair(image_size), patch_size, channels, posemb_resize)
+    wanted.check()
+    _check_patterns(ignore)
     source, spec, model, shapes = opened.source, opened.spec, opened.model, opened.shapes
     excused = _Excused(ignore, opened.rows, source)
     kept = {name: tensor for name, tensor in source.tensors.items() if not excused.tensor(name)}
@@ -112,7 +115,7 @@ def load_opened(
         Pretrained(model, params, spec.preprocess, spec.class_names, report),
         spec,
         shapes,
-        _Wanted(num_classes, new_head, _pair(image_size), patch_size, channels, posemb_resize),
+        wanted,
         opened.image_size,
     )
 
@@ -142,6 +145,11 @@ class Opened:
 
 def open_checkpoint(path: str | Path, *, family: str | None = None, fields: Mapping[str, Any] | None = None) -> Opened:
     """Opens a checkpoint and finds out what it is; arguments and errors as of `load_pretrained`."""
+    if not (fields or {}).get("scan", True):
+        raise ValueError(
+            "fields={'scan': False}: parameters are loaded with the blocks stacked. Take model.clone(scan=False) and "
+            "vit_flax.models.layout.unstack_blocks(params) afterwards."
+        )
     kind, source = find_family(open_source(path), family)
     try:
         spec = kind.describe(source)
@@ -169,11 +177,34 @@ class _Wanted:
     channels: int | None
     posemb_resize: str | None
 
+    def check(self) -> None:
+        """Raises a ValueError that names the argument that makes no sense."""
+        for name, least in (("num_classes", 0), ("channels", 1), ("image_size", 1), ("patch_size", 1)):
+            value = getattr(self, name)
+            sides = value if isinstance(value, Sequence) else () if value is None else (value,)
+            whole = all(isinstance(n, int | np.integer) and n >= least for n in sides)
+            if not whole or (isinstance(value, Sequence) and len(value) != 2):
+                pairs = ", or two of them: rows and columns" if name.endswith("size") else ""
+                raise ValueError(f"{name}={value!r}: expected a whole number of {least} or more{pairs}.")
+        if self.posemb_resize is not None and self.posemb_resize not in resample.METHODS:
+            known = ", ".join(resample.METHODS)
+            raise ValueError(f"posemb_resize={self.posemb_resize!r} is unknown: expected one of {known}.")
+
+
+def _check_patterns(ignore: Sequence[str]) -> None:
+    if isinstance(ignore, str):  # its letters, one by one, would match every name
+        raise ValueError(f"ignore={ignore!r}: expected a list of regular expressions, such as {[ignore]}.")
+    for pattern in ignore:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"ignore: {pattern!r} is no regular expression ({error}).") from error
+
 
 def _pair(size: int | tuple[int, int] | Sequence[int] | None) -> Grid | None:
     if size is None:
         return None
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+    return tuple(size) if isinstance(size, Sequence) else (size, size)  # type: ignore[return-value]
 
 
 def _image_size(spec: Spec, model: ViT) -> Grid:
@@ -236,7 +267,8 @@ def _account(opened: Opened, params: Flat, used: set[str], excused: _Excused) ->
     missing = {p: s for p, (_, s) in absent.items() if excused.parameter(p)}
     absent = {p: v for p, v in absent.items() if p not in missing}
     if strange or absent:
-        raise unexplained(source.path, strange, absent)
+        keys = (tensor.key for tensor in source.tensors.values() if tensor.key not in strange)
+        raise unexplained(source.path, strange, absent, [*keys, *(p for p in opened.shapes if p not in absent)])
     return Report(
         path=source.path,
         family=opened.family.name,

@@ -1,7 +1,8 @@
 """What became of every tensor of a checkpoint and every parameter of the model."""
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 Shape = tuple[int, ...]
@@ -43,7 +44,11 @@ class Report:
 
 
 def unexplained(
-    path: str, unused: Mapping[str, Shape], missing: Mapping[str, tuple[str, Shape]], most: int = 20
+    path: str,
+    unused: Mapping[str, Shape],
+    missing: Mapping[str, tuple[str, Shape]],
+    explained: Iterable[str] = (),
+    most: int = 20,
 ) -> ValueError:
     """The error for tensors without a parameter and parameters without a tensor, with the nearest names.
 
@@ -51,6 +56,7 @@ def unexplained(
       path: of the checkpoint.
       unused: key in the file -> shape.
       missing: path in the model -> (the name that was looked for, shape).
+      explained: keys and paths that are in order, which the suggested `ignore` must not touch.
       most: lines per group.
     """
     wanted = [name for name, _ in missing.values()]
@@ -62,7 +68,8 @@ def unexplained(
     for name, (theirs, shape) in list(missing.items())[:most]:
         lines.append(f"  - in the model only: {name} {list(shape)}, looked for as {theirs}{nearest(theirs, unused)}")
     lines += [f"  ... {n} more" for n in [max(len(unused) - most, 0) + max(len(missing) - most, 0)] if n]
-    lines.append(f"Wrong family or wrong fields? To go on without them: ignore={_patterns([*unused, *missing])}")
+    patterns = _patterns([*unused, *missing], list(explained))
+    lines.append(f"Wrong family or wrong fields? To go on without them: ignore={patterns}")
     return ValueError("\n".join(lines))
 
 
@@ -72,9 +79,23 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f" (nearest: {close[0]})" if close else ""
 
 
-def _patterns(names: Sequence[str], most: int = 6) -> list[str]:
-    """Regular expressions that match the names and read well: one per name, or per first part if there are many."""
+def _patterns(names: Sequence[str], others: Sequence[str], most: int = 6) -> list[str]:
+    """Regular expressions that match the names and none of the others: one per name, or short ones if there are many.
+
+    A short one is the first parts of a name, as few as tell it from the others, and stands for any number if it can.
+    """
     if len(names) <= most:
-        return [f"^{name}$".replace(".", r"\.") for name in names]
-    heads = dict.fromkeys(name.replace("/", ".").split(".")[0] for name in names)
-    return [f"^{head}" for head in list(heads)[:most]]
+        return [f"^{re.escape(name)}$" for name in names]
+    found: list[str] = []
+    for name in names:
+        if not any(re.search(pattern, name) for pattern in found):
+            found.append(next(p for p in _ever_longer(name) if not any(re.search(p, other) for other in others)))
+    return found
+
+
+def _ever_longer(name: str) -> Iterator[str]:
+    parts = re.split(r"(?<=[./])", name)
+    for count in range(1, len(parts)):
+        start = "^" + re.escape("".join(parts[:count]))
+        yield from (re.sub(r"\d+", r"\\d+", start), start)
+    yield from (re.sub(r"\d+", r"\\d+", f"^{re.escape(name)}$"), f"^{re.escape(name)}$")

@@ -23,7 +23,7 @@ from vit_flax.models.layout import stack_blocks
 # Fields of `ViT` that say how to train or compute and not what the function is; no file format carries them.
 _NOT_ARCHITECTURE = {
     "drop_path", "drop_path_ramp", "dropout", "attention_dropout", "head_dropout", "head_bias_init", "head_zero_init",
-    "scan", "remat", "attention_impl", "return_attention", "dtype", "param_dtype", "parent", "name",
+    "scan", "scan_unroll", "remat", "attention_impl", "return_attention", "dtype", "param_dtype", "parent", "name",
 }  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def save_pretrained(
       FileExistsError: there is something at `directory` already.
       ValueError: the target cannot express the model; every reason is listed. Nothing was written.
     """
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(f"{directory} exists and is not empty: choose another place, or remove it first.")
     names = GROUPS.get(family, (family,))
@@ -79,6 +79,11 @@ def _outgoing(
 ) -> Outgoing:
     flat = {p: np.asarray(w) for p, w in flatten_dict(stack_blocks(params), sep="/").items()}
     flat = {p: w.astype(np.float32) if w.dtype == ml_dtypes.bfloat16 else w for p, w in flat.items()}
+    if "patch_embed/kernel" not in flat:
+        raise ValueError(
+            "The parameters are not those of a ViT: there is no patch_embed/kernel, only "
+            f"{sorted(flat)[:5]}. Give the tree below 'params'."
+        )
     ph, pw = (model.patch_size, model.patch_size) if isinstance(model.patch_size, int) else model.patch_size
     channels = flat["patch_embed/kernel"].shape[0] // (ph * pw)
     if "posemb/table" in flat:
@@ -189,5 +194,7 @@ def _write(directory: Path, kind: Family, tensors: Mapping[str, np.ndarray], fil
             save_file(dict(tensors), made / WEIGHTS, metadata={"format": "pt"})
             for name, content in files.items():
                 (made / name).write_text(json.dumps(content, indent=2) + "\n")
+            # safetensors lets nobody else read its file; who may is for the umask to say, as with the others.
+            (made / WEIGHTS).chmod((made / CONFIG).stat().st_mode)
         os.replace(made, target)
     return target

@@ -106,22 +106,25 @@ def open_source(path: str | Path) -> Source:
         return _open_local(Path(folder.path), name=str(path), keep_alive=folder)
     from vit_flax.convert.workdir import is_workdir, open_workdir
 
-    if is_workdir(str(path)):
-        return open_workdir(str(path))
-    return _open_local(Path(path), name=str(path), keep_alive=None)
+    local = Path(path).expanduser()
+    if is_workdir(str(local)):
+        return open_workdir(str(local))
+    return _open_local(local, name=str(path), keep_alive=None)
 
 
 def _open_local(path: Path, *, name: str, keep_alive: Any) -> Source:
     if not path.exists():
-        raise FileNotFoundError(f"{name}: there is no such file or folder.")
+        on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not path.parent.exists()
+        hint = f" If it is a repository of the Hugging Face hub: hf://{name}." if on_hub else ""
+        raise FileNotFoundError(f"{name}: there is no such file or folder.{hint}")
     file = _find_weights(path, name) if path.is_dir() else path
     if file.suffix in (".pth", ".pt", ".bin", ".ckpt"):
         raise ValueError(
             f"{file}: pickled PyTorch files are not read here, since opening one runs code from it. Save it again as "
             f'safetensors, where PyTorch is installed:\n  python -c "import torch; from safetensors.torch import '
-            f"save_file; s = torch.load('{file.name}', map_location='cpu', weights_only=True); s = s.get('model', "
+            f"save_file; s = torch.load({str(file)!r}, map_location='cpu', weights_only=True); s = s.get('model', "
             f"s.get('state_dict', s)); save_file({{k: v.contiguous().clone() for k, v in s.items() if "
-            f"torch.is_tensor(v)}}, '{file.stem}.safetensors')\""
+            f'torch.is_tensor(v)}}, {str(file.with_suffix(".safetensors"))!r})"'
         )
     if file.name.endswith(".index.json"):
         tensors = _read_shards(file)
@@ -140,7 +143,9 @@ def _open_local(path: Path, *, name: str, keep_alive: Any) -> Source:
 
 def weight_files(path: str | Path) -> list[Path]:
     """The files that hold the bytes of a local checkpoint: one, or the shards of an index."""
-    file = _find_weights(Path(path), str(path)) if Path(path).is_dir() else Path(path)
+    file = Path(path).expanduser()
+    if file.is_dir():
+        file = _find_weights(file, str(path))
     if not file.name.endswith(".index.json"):
         return [file]
     return sorted({file.parent / name for name in _read_index(file).values()})

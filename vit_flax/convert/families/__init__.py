@@ -55,7 +55,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
 _OUT_OF_SCOPE = {
     r"relative_position_bias_table|rel_pos_bias": "a BEiT or Swin model, with relative position biases",
     r"conv_root/kernel|patch_embed\.backbone\.|bit\.embedder": "a hybrid: its patches come from a ResNet",
-    r"^txt/|^text_model\.|^embeddings\.token_embedding|^transformer\.resblocks": "a text tower without an image tower",
+    r"^(params/)?txt/|^text_model\.": "a text tower without an image tower",
+    r"^embeddings\.token_embedding|^transformer\.resblocks": "a text tower without an image tower",
 }
 
 
@@ -83,6 +84,13 @@ def find_family(source: Source, name: str | None) -> tuple[Family, Source]:
     elif name not in found:
         also = f" It looks like {', '.join(found)}." if found else ""
         raise ValueError(f"{source.path} does not look like family={name!r} ({FAMILIES[name].about}).{also}")
+    kept = {tensor.key for tensor in spelled[name].tensors.values()}
+    # DINOv3's masks are part of the biases from here on.
+    if lost := [key for key in source.tensors if key not in kept and not key.endswith(".bias_mask")]:
+        raise ValueError(
+            f"{source.path}: {lost[0]!r} and {len(lost) - 1} more have the same names in {name} as other tensors of "
+            "the file, which seems to hold two models. Save one of them by itself."
+        )
     return FAMILIES[name], spelled[name]
 
 
@@ -92,8 +100,9 @@ def _unclear(source: Source, found: list[str]) -> ValueError:
     for pattern, what in _OUT_OF_SCOPE.items():
         if key := next((key for key in source.tensors if re.search(pattern, key)), None):
             return ValueError(f"{source.path} looks like {what} ({key!r}).")
-    keys = list(source.tensors)[:5]
+    keys, said = list(source.tensors)[:5], source.config.get("model_type")
+    said = f", and config.json says model_type={said!r}" if said else ""
     return ValueError(
-        f"{source.path} is of no known family: its {len(source.tensors)} tensors begin with {keys}. Known are "
+        f"{source.path} is of no known family: its {len(source.tensors)} tensors begin with {keys}{said}. Known are "
         + "; ".join(f"{family.name} ({family.about})" for family in FAMILIES.values())
     )

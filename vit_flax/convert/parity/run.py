@@ -77,7 +77,7 @@ def parity(arguments: argparse.Namespace) -> int:
     if arguments.write and arguments.only:
         raise ValueError("--write replaces the whole table: leave --only out.")
     photograph = _photograph(arguments.image)
-    results, failed, absent = [], [], []
+    results, failed, broken, absent = [], [], [], []
     print("\n".join(HEADER))
     for case in all_cases():
         if arguments.only and not re.search(arguments.only, f"{case.family} {case.name}"):
@@ -91,7 +91,7 @@ def parity(arguments: argparse.Namespace) -> int:
                 print(result.line() + ("" if result.ok else "  <- ABOVE THE TOLERANCE"), flush=True)
                 failed += [] if result.ok else [case]
         except Exception as error:  # reference libraries raise what they like
-            failed.append(case)
+            broken.append(case)
             print(f"| {case.family} | {case.name} | FAILED, {type(error).__name__}: {error}", flush=True)
     for case in absent:
         print(f"not run, {case.library} is not installed: {case.family} {case.name}", file=sys.stderr)
@@ -99,8 +99,14 @@ def parity(arguments: argparse.Namespace) -> int:
         if absent:
             names = ", ".join(dict.fromkeys(case.library for case in absent))
             raise ValueError(f"{arguments.write} was not changed, since lines would be lost: install {names}.")
+        if broken:
+            names = ", ".join(f"{case.family} {case.name}" for case in broken[:5])
+            raise ValueError(
+                f"{arguments.write} was not changed, since lines would be lost: {len(broken)} cases failed ({names}"
+                f"{', ...' if len(broken) > 5 else ''}); their own lines above say why."
+            )
         replace_table(Path(arguments.write), results)
-    return 1 if failed else 0
+    return 1 if failed or broken else 0
 
 
 def all_cases() -> list[Case]:

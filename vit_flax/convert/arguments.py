@@ -1,0 +1,30 @@
+"""Types of command-line arguments, with messages that say what was expected."""
+
+import argparse
+from collections.abc import Callable
+
+from vit_flax.convert.resample import Grid
+
+
+def size(text: str) -> Grid:
+    """Rows and columns from "224" or "224x384"."""
+    rows, _, columns = text.partition("x")
+    try:
+        return int(rows), int(columns or rows)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a size such as 224 or 224x384, found {text!r}") from error
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """A whole number that is not below `least`."""
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number of {least} or more, found {text!r}")
+        return number
+
+    return read
