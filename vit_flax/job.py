@@ -99,6 +99,12 @@ class Job:
     mesh: jax.sharding.Mesh
     sections: dict[str, dict[str, Any]]
     hparams: dict[str, float]
+    stop_after: int | None = None  # a step before the last one, where a search may end the run
+
+    @property
+    def last_step(self) -> int:
+        """Number of the step that training stops after; evaluated and saved as the last one of the run is."""
+        return min(self.run.total_steps, self.stop_after or self.run.total_steps)
 
     @property
     def checkpoint(self) -> dict[str, Any]:
@@ -108,7 +114,7 @@ class Job:
     def every(self, section: str, action: Callable[[int, TrainState], Any]) -> Every:
         """An action on the schedule that a section of the config gives."""
         schedule = {key: self.sections[section][key] for key in SCHEDULES if key in self.sections[section]}
-        return Every(action, total_steps=self.run.total_steps, **schedule)
+        return Every(action, total_steps=self.last_step, **schedule)
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for two processes to be two lives of one run."""
