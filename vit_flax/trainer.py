@@ -1,6 +1,5 @@
 """`train(config, workdir)`: build the parts, restore, loop, close."""
 
-import dataclasses
 import logging
 import time
 from contextlib import nullcontext
@@ -13,7 +12,7 @@ from vit_flax import distributed, workdir
 from vit_flax.bad_steps import Diverged
 from vit_flax.checkpoint import CheckpointMismatch, Checkpoints, Restored, SaveFailed, load_params, read_newest
 from vit_flax.checksums import differences, shapes
-from vit_flax.config import Config, ConfigError
+from vit_flax.config import Config
 from vit_flax.job import Job, build
 from vit_flax.optim import keeps_average
 from vit_flax.report import write_report
@@ -44,11 +43,9 @@ def train(
       OSError: no checkpoint is whole; SaveFailed: one could not be written.
       SystemExit: with `signals.EXIT_PREEMPTED`, after a signal to stop and a complete checkpoint.
     """
-    if stop_after is not None and stop_after < 1:
-        raise ConfigError(f"{stop_after=}: expected the number of a step, from 1 on, or None for the whole run.")
     with distributed.stop_signal() as stop:
-        job = build(config, completed=workdir.completed(Path(workdir_path), config))
-        job = dataclasses.replace(job, stop_after=stop_after)
+        completed = workdir.completed(Path(workdir_path), config)
+        job = build(config, completed=completed, stop_after=stop_after)
         return train_job(job, workdir_path, stop)
 
 
