@@ -252,8 +252,6 @@ class _RunTask:
 
     def __call__(self, task: Task, workdir: str) -> str | None:
         """Runs the task; returns its status, None after a signal to stop and a checkpoint."""
-        from vit_flax.cache import enable_compilation_cache
-
         if os.environ.get("SUBMITIT_EXECUTOR") == "local":
             os.setpgid(0, 0)  # Ctrl-C in a terminal reaches the whole group; `run` tells this process to stop, once
         exit_on_signals()
@@ -265,15 +263,20 @@ class _RunTask:
             os.kill(os.getpid(), signal.SIGTERM)
 
         signal.signal(TIME_IS_UP, save_first)
-        enable_compilation_cache()
         try:
-            return run_point(task.point, Path(workdir), stop_after=task.stop_after)["status"]
+            return self._train(task, Path(workdir))
         except SystemExit as stop:
             if received and callable(requeue):
                 requeue(received[0], None)  # submitit puts the job back into the queue, and exits
             if stop.code != EXIT_PREEMPTED:
                 raise
             return None
+
+    def _train(self, task: Task, workdir: Path) -> str:
+        from vit_flax.cache import enable_compilation_cache
+
+        enable_compilation_cache()
+        return run_point(task.point, workdir, stop_after=task.stop_after)["status"]
 
     def checkpoint(self, task: Task, workdir: str) -> Any:
         """What submitit is to run when the job starts again: the same."""
