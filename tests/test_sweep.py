@@ -1,15 +1,19 @@
 """Sweeps: expanded, checked and named before anything runs; every point's end is noted."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from tests.helpers import tiny_config
 from vit_flax.config import ConfigError
-from vit_flax.sweep import results, run
+from vit_flax.sweep import __main__, results, run
+from vit_flax.sweep.page import write_page
 from vit_flax.sweep.points import Sweep, expand, load_sweep, point_name
+from vit_flax.workdir import lock
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,7 +27,7 @@ def make(overrides):
 def test_every_sweep_of_the_project_expands(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     sweep = load_sweep(path)
-    assert len(sweep.points) > 1
+    assert len(sweep.points) > 1 or sweep.suggest is not None
     assert len(sweep.doc) > 100
 
 
@@ -36,6 +40,9 @@ def test_names_say_what_varies():
     points = make([{"optim.lr": 1e-3, "run.seed": 0}, {"optim.lr": 2e-3, "run.seed": 0}]).points
     assert [point.name for point in points] == ["lr=0.001", "lr=0.002"]
     assert point_name({"a.x": 1, "b.x": (2, 3)}) == "a.x=1,b.x=2x3"
+    long = [point_name({f"a.key{i}": 1 / 3 for i in range(20)} | {"b.last": last}) for last in (1, 2)]
+    assert long[0] != long[1]
+    assert max(map(len, long)) < 255
 
 
 @pytest.mark.parametrize(
@@ -54,8 +61,8 @@ def test_bad_sweeps(overrides, message):
 
 def test_a_failing_point_is_noted_and_the_others_are_kept(tmp_path):
     sweep = make([{"model.num_heads": 2}, {"model.num_heads": 3}])
-    assert run.run_point(sweep, tmp_path, 0)["status"] == "done"
-    assert run.run_point(sweep, tmp_path, 1)["status"] == "failed"
+    assert run.run_point(sweep.points[0], tmp_path)["status"] == "done"
+    assert run.run_point(sweep.points[1], tmp_path)["status"] == "failed"
     assert [point.index for point in run.pending(tmp_path, sweep)] == [1]
     rows = results.collect(tmp_path, sweep)
     results.write_csv(tmp_path / "results.csv", rows)
@@ -63,3 +70,113 @@ def test_a_failing_point_is_noted_and_the_others_are_kept(tmp_path):
     assert header.startswith("name,model.num_heads,status,")
     assert "done" in done
     assert "failed" in failed
+
+
+SWEEP = "def sweep(): yield {'optim.lr': 1e-3}\n"
+SUGGEST = "def suggest(trial): return {'optim.lr': trial.suggest_float('lr', 1e-4, 1e-2)}\n"
+METRICS = "def metrics(): return ['test/top1']\n"
+BASE = f"BASE = {str(ROOT / 'configs' / 'digits.py')!r}\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (BASE + METRICS, r"has no sweep: .*or, for a search with Optuna, suggest\(trial\)"),
+        (BASE + METRICS + SWEEP + SUGGEST, r"has both sweep\(\) and suggest\(trial\)"),
+        (SWEEP, "has no BASE and no metrics"),
+        (BASE + SWEEP + "def metrics(): return []", "at least one metric"),
+    ],
+)
+def test_bad_sweep_files(tmp_path, content, message):
+    (tmp_path / "sweep.py").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        load_sweep(tmp_path / "sweep.py")
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "message"),
+    [
+        (SWEEP, ["--trials", "3"], "sweep() in place of suggest(trial)"),
+        (SUGGEST, [], "give the number of --trials"),
+        (SUGGEST, ["--trials", "0"], "--trials=0"),
+        (SUGGEST, ["--trials", "3", "--search", "halving"], "not sweep()"),
+        (SUGGEST, ["--trials", "3", "--vmap"], "not with --vmap"),
+        (SWEEP, ["--search", "halving", "--point", "0"], "not with --vmap or --point"),
+        (SWEEP, ["--search", "halving", "--halving_factor", "1"], "--halving_factor=1"),
+        (SWEEP, ["--search", "halving", "--min_steps", "100000"], "--min_steps=100000: expected 1 to 824"),
+        (SWEEP, ["--jobs", "0"], "--jobs=0"),
+        (SWEEP, ["--point", "1"], "--point=1"),
+        (SUGGEST.replace("optim.lr", "optim.ler"), ["--trials", "3"], "Did you mean 'optim.lr'?"),
+        (SUGGEST.replace("1e-4", "1"), ["--trials", "3"], "suggest(trial) for trial 0: ValueError"),
+    ],
+)
+def test_bad_command_lines(tmp_path, monkeypatch, capsys, content, flags, message):
+    """A message before anything is written."""
+    if "--trials" in flags:
+        pytest.importorskip("optuna")
+    (tmp_path / "sweep.py").write_text(BASE + METRICS + content)
+    arguments = ["--sweep", str(tmp_path / "sweep.py"), "--workdir", str(tmp_path / "run"), *flags]
+    assert command(monkeypatch, arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def command(monkeypatch, arguments):
+    """The exit code of `python -m vit_flax.sweep`, in this process."""
+    monkeypatch.setattr(sys, "argv", ["vit_flax.sweep", *arguments])
+    monkeypatch.setattr(__main__, "exit_on_signals", lambda: None)
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))  # put back after --vmap
+    return __main__.main()
+
+
+def test_missing_packages_are_named_with_the_command_that_installs_them(tmp_path, monkeypatch, capsys):
+    for content, package, flags in ((SUGGEST, "optuna", ["--trials", "1"]), (SWEEP, "submitit", [])):
+        monkeypatch.setitem(sys.modules, package, None)
+        (tmp_path / "sweep.py").write_text(BASE + METRICS + content)
+        arguments = ["--sweep", str(tmp_path / "sweep.py"), "--workdir", str(tmp_path / "run"), *flags]
+        assert command(monkeypatch, arguments) == 2
+        assert "pip install 'vit_flax[sweep]'" in capsys.readouterr().err
+
+
+def test_a_workdir_belongs_to_one_search(tmp_path):
+    sweep = make([{"optim.lr": 1e-3}, {"optim.lr": 2e-3}])
+    run.claim(tmp_path, sweep, {"rungs": [3, 9], "factor": 3})
+    run.claim(tmp_path, sweep)  # every point to its end: goes on with what is there
+    run.claim(tmp_path, sweep, {"rungs": [3, 9], "factor": 3})
+    with pytest.raises(ConfigError, match=r"another search:\n  rungs: there \[3, 9\], here \[1, 3, 9\]"):
+        run.claim(tmp_path, sweep, {"rungs": [1, 3, 9], "factor": 3})
+
+
+def test_two_commands_in_one_workdir_are_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "sweep.py").write_text(BASE + METRICS + SWEEP)
+    with lock(tmp_path / "run"):
+        arguments = ["--sweep", str(tmp_path / "sweep.py"), "--workdir", str(tmp_path / "run")]
+        assert command(monkeypatch, arguments) == 2
+    assert "is in use by process" in capsys.readouterr().err
+
+
+def test_the_table_and_the_page_say_where_a_search_stopped_each_point(tmp_path, capsys):
+    """Whoever got further comes first, whatever the metric; seeds that got to different steps are not averaged."""
+    sweep = make([{"optim.lr": lr, "run.seed": seed} for lr in (1e-3, 2e-3, 4e-3) for seed in (0, 1)])
+    ends = [("done", 2, 0.3), ("stopped", 1, 0.2), ("stopped", 1, 0.9), ("stopped", 1, 0.8), ("failed", None, None)]
+    for point, (status, step, top1) in zip(sweep.points, ends):
+        entries = {} if status == "failed" else dict(step=step, metrics={"test/top1": top1})
+        run.write_result(run.point_workdir(tmp_path, point), point, status=status, secs=1.0, error="E", **entries)
+    rows = results.collect(tmp_path, sweep)
+    ranked = results.settings(rows, "test/top1", True)
+    assert [(s.values["optim.lr"], results.stop_of(s)) for s in ranked] == [
+        (1e-3, "the end"),
+        (2e-3, "step 1"),
+        (1e-3, "step 1"),
+        (4e-3, "-"),
+    ]
+    assert [len(setting.rows) for setting in ranked] == [1, 2, 1, 2]
+    results.print_table(Console(width=110), sweep, rows)
+    assert "stopped after" in capsys.readouterr().out
+    page = write_page(tmp_path, sweep, rows).read_text()
+    assert "1 of 6 points to the end, 3 stopped before" in page
+    assert "<td>step 1</td>" in page
+    results.write_csv(tmp_path / "results.csv", rows)
+    lines = (tmp_path / "results.csv").read_text().splitlines()
+    assert lines[1] == '"lr=0.001,seed=0",0.001,0,done,2,0.3,1.0,E'
+    assert lines[2] == '"lr=0.001,seed=1",0.001,1,stopped,1,0.2,1.0,E'

@@ -130,3 +130,30 @@ def test_wrong_type_in_the_file_is_named():
     config["model"]["width"] = "8"
     with pytest.raises(ConfigError, match=r"model\.width: expected int, found '8' \(str\)"):
         build(config)
+
+
+def test_a_run_stopped_after_a_step_ends_as_an_uninterrupted_one(finished, tmp_path):
+    """Steps 3 and 7: nothing is logged, evaluated or saved there otherwise, and the schedule ends at step 10."""
+    config = tiny_config(run__ema_decay=0.9)
+    for step in (3, 7):
+        state, results = train(config, tmp_path, stop_after=step)
+        assert int(state.step) == step
+        assert "test/top1" in results
+        assert train(config, tmp_path, stop_after=step)[1]["test/loss"] == results["test/loss"]  # kept, not repeated
+    assert not (tmp_path / "tensorboard" / "hparams").exists()  # the end of a run writes it
+    state, results = train(config, tmp_path)
+    expected, expected_results, workdir = finished
+    assert raw(state) == raw(expected)
+    assert (tmp_path / "tensorboard" / "hparams").exists()
+    assert {k: v for k, v in results.items() if k.startswith("test/")} == {
+        k: v for k, v in expected_results.items() if k.startswith("test/")
+    }
+    at_stops = [line for line in metrics_lines(tmp_path) if json.loads(line)["step"] in (3, 7)]
+    assert [sorted(json.loads(line)) for line in at_stops] == [sorted(json.loads(at_stops[0]))] * 2
+    assert [line for line in metrics_lines(tmp_path) if line not in at_stops] == metrics_lines(workdir)
+
+
+def test_a_stop_before_the_first_step_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="stop_after=0"):
+        train(tiny_config(), tmp_path / "run", stop_after=0)
+    assert not (tmp_path / "run").exists()

@@ -99,6 +99,12 @@ class Job:
     mesh: jax.sharding.Mesh
     sections: dict[str, dict[str, Any]]
     hparams: dict[str, float]
+    stop_after: int | None  # a step before the last one, such as one where a search compares runs
+
+    @property
+    def last_step(self) -> int:
+        """Number of the step that training stops after; evaluated and saved as the last one of the run is."""
+        return min(self.run.total_steps, self.stop_after or self.run.total_steps)
 
     @property
     def checkpoint(self) -> dict[str, Any]:
@@ -108,7 +114,7 @@ class Job:
     def every(self, section: str, action: Callable[[int, TrainState], Any]) -> Every:
         """An action on the schedule that a section of the config gives."""
         schedule = {key: self.sections[section][key] for key in SCHEDULES if key in self.sections[section]}
-        return Every(action, total_steps=self.run.total_steps, **schedule)
+        return Every(action, total_steps=self.last_step, **schedule)
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for two processes to be two lives of one run."""
@@ -350,16 +356,25 @@ DEFAULT_MESH: dict[str, Any] = {}
 DEFAULT_SINKS: dict[str, dict[str, Any]] = {"csv": {}, "tensorboard": {}}
 
 
-def build(config: Config, devices: Sequence[Any] | None = None, *, completed: Config | None = None) -> Job:
+def build(
+    config: Config,
+    devices: Sequence[Any] | None = None,
+    *,
+    completed: Config | None = None,
+    stop_after: int | None = None,
+) -> Job:
     """Checks a config and turns it into parts; reads headers of the data and one picture, compiles nothing.
 
     Args:
       config: a ConfigDict or nested dicts, with the sections `SECTIONS`.
       devices: to run on; all there are where it is None.
       completed: what an earlier life of the run made of this config with a checkpoint (see `workdir.completed`).
+      stop_after: training stops after this step; schedules are those of the whole run.
 
     Raises: ConfigError: names the key, what was found and what to do.
     """
+    if stop_after is not None and stop_after < 1:
+        raise ConfigError(f"{stop_after=}: expected the number of a step, from 1 on, or None for the whole run.")
     written = plain(config)
     config = {"mesh": DEFAULT_MESH} | plain(completed or config)
     check_names("", config, SECTIONS, required=[name for name in SECTIONS if name not in OPTIONAL])
@@ -402,6 +417,7 @@ def build(config: Config, devices: Sequence[Any] | None = None, *, completed: Co
         mesh=mesh,
         sections=sections,
         hparams=hparams_of(sections),
+        stop_after=stop_after,
     )
     for name in ("checkpoint", *(f"evals.{name}" for name in config["evals"])):
         with _named(name):

@@ -23,12 +23,16 @@ from vit_flax.writer import Writer, print_results
 log = logging.getLogger(__name__)
 
 
-def train(config: Config, workdir_path: str | Path) -> tuple[TrainState, dict[str, float]]:
+def train(
+    config: Config, workdir_path: str | Path, *, stop_after: int | None = None
+) -> tuple[TrainState, dict[str, float]]:
     """Trains what the config says, or goes on where an earlier call in the same workdir stopped.
 
     Args:
       config: see `configs/`; a ConfigDict or nested dicts.
       workdir_path: a folder for everything that the run writes.
+      stop_after: stops after this step of the run, with an evaluation and a checkpoint; a later call goes on from there
+        and ends with what an uninterrupted run ends with. Schedules are those of the whole run.
 
     Returns: the final state and the latest metrics.
 
@@ -40,7 +44,8 @@ def train(config: Config, workdir_path: str | Path) -> tuple[TrainState, dict[st
       SystemExit: with `signals.EXIT_PREEMPTED`, after a signal to stop and a complete checkpoint.
     """
     with distributed.stop_signal() as stop:
-        job = build(config, completed=workdir.completed(Path(workdir_path), config))
+        completed = workdir.completed(Path(workdir_path), config)
+        job = build(config, completed=completed, stop_after=stop_after)
         return train_job(job, workdir_path, stop)
 
 
@@ -55,7 +60,7 @@ def train_job(job: Job, workdir_path: str | Path, stop: StopSignal) -> tuple[Tra
             with job.writer(folder, start_step=start.step) as writer:
                 loop = Loop(job, start, checkpoints, writer, stop)
                 loop.run()
-                if loop.finished:
+                if loop.finished and loop.step == job.run.total_steps:
                     writer.finish(loop.results)
     if not loop.finished:
         writer.say(f"Stopped by {stop.received} after step {loop.step}; the same command goes on from there.")
@@ -89,7 +94,7 @@ class Loop:
     @property
     def finished(self) -> bool:
         """Whether there is nothing left to do."""
-        return self.step == self._job.run.total_steps and self._evaluated
+        return self.step >= self._job.last_step and self._evaluated
 
     @property
     def results(self) -> dict[str, float]:
@@ -113,12 +118,12 @@ class Loop:
 
     def _run(self) -> None:
         """The order is a contract: fetch the batch, step, log, evaluate, save, look for signals."""
-        job, total = self._job, self._job.run.total_steps
+        job, last = self._job, self._job.last_step
         if not self._evaluated:
             self._evaluate()
             self._checkpoints.amend(self.step, metrics=self._found, progress=self._progress())
         step_fn, batches = job.train_step(), job.train_batches(self.step)
-        while not self._stop.reached(self.step) and self.step < total:
+        while not self._stop.reached(self.step) and self.step < last:
             waiting_since = time.perf_counter()
             batch = next(batches)
             waited_secs = time.perf_counter() - waiting_since

@@ -312,7 +312,8 @@ class _Run:
                     progress=progress,
                 )
             train = {f"train/{name}": value for name, value in member.log.last.items()}
-            write_result(member.folder, member.point, status="done", metrics=train | member.latest, secs=secs)
+            found = train | member.latest
+            write_result(member.folder, member.point, status="done", step=self.step, metrics=found, secs=secs)
 
 
 def _member_state(states: TrainState, i: int) -> TrainState:

@@ -11,7 +11,7 @@ from vit_flax.files import write_atomically
 from vit_flax.report import page
 from vit_flax.report.charts import Series, line_chart, number
 from vit_flax.sweep.points import Sweep
-from vit_flax.sweep.results import SEED, Row, Setting, main_effects, mean_and_std, settings
+from vit_flax.sweep.results import SEED, Row, Setting, main_effects, mean_and_std, settings, stop_of
 
 CURVES = 6  # settings whose curves are drawn: as many as there are colours
 
@@ -20,9 +20,10 @@ def write_page(workdir: Path, sweep: Sweep, rows: Sequence[Row]) -> Path:
     """Writes `sweep.html` into the folder of the sweep, finished or not, and returns its path."""
     metric, larger = sweep.deciding
     ranked = settings(rows, metric, larger)
-    done = sum(row.status == "done" for row in rows)
+    done, stopped = (sum(row.status == status for row in rows) for status in ("done", "stopped"))
+    count = f"{done} of {len(rows)} points" + (f" to the end, {stopped} stopped before" if stopped else "")
     body = [
-        f"<header><p class=kicker>Sweep · {done} of {len(rows)} points</p><h1>{escape(sweep.path.parent.name)}</h1>"
+        f"<header><p class=kicker>Sweep · {count}</p><h1>{escape(sweep.path.parent.name)}</h1>"
         f"<p>{escape(sweep.doc.splitlines()[0] if sweep.doc else '')}</p></header>",
         _table(sweep, ranked),
         _curves(workdir, ranked, metric),
@@ -40,11 +41,12 @@ def write_page(workdir: Path, sweep: Sweep, rows: Sequence[Row]) -> Path:
 def _table(sweep: Sweep, ranked: Sequence[Setting]) -> str:
     names = [name.removeprefix("-") for name in sweep.metrics]
     keys = list(ranked[0].values)
-    head = "".join(f"<th>{escape(name)}</th>" for name in (*keys, "seeds", *names))
+    stops = ["stopped after"] if any(setting.stopped_after for setting in ranked) else []
+    head = "".join(f"<th>{escape(name)}</th>" for name in (*keys, "seeds", *stops, *names))
     lines = []
     for setting in ranked:
-        count = sum(row.status == "done" for row in setting.rows)
-        cells = [*(_plain(v) for v in setting.values.values()), str(count)]
+        count = sum(row.has_metrics for row in setting.rows)
+        cells = [*(_plain(v) for v in setting.values.values()), str(count), *(stop_of(setting) for _ in stops)]
         cells += [mean_and_std(setting, name, count) for name in names]
         lines.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
     return (

@@ -5,10 +5,15 @@ A sweep file is Python with a docstring (hypothesis, deciding metric, budget) an
     BASE = "configs/digits.py"            # a config file, `file.py:argument` as on the command line
     def sweep(): yield {"optim.lr": 1e-3}  # a generator of dotted overrides, in plain loops
     def metrics(): return ["test/top1"]    # what to compare; the first one decides. "-test/loss" for smaller is better
+
+In place of `sweep`, for a search with Optuna:
+
+    def suggest(trial): return {"optim.lr": trial.suggest_float("lr", 1e-4, 1e-2, log=True)}  # the overrides of a trial
 """
 
 import dataclasses
 import difflib
+import hashlib
 import re
 import runpy
 from collections.abc import Callable, Iterable, Mapping
@@ -18,6 +23,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vit_flax.config import ConfigError, flatten
+
+MAX_NAME = 200  # characters; file systems allow 255 in the name of a folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +52,7 @@ class Sweep:
       path: of the file.
       doc: its docstring.
       base: the config that every point changes.
-      points: in the order of the file.
+      points: in the order of the file; none where the file has `suggest`.
       metrics: to compare; the first one decides. A leading minus sign marks those that should be small.
       suggest: for a search with Optuna, `trial -> overrides`; None if the file has none.
     """
@@ -66,14 +73,24 @@ class Sweep:
 def load_sweep(path: str | Path) -> Sweep:
     """Reads a sweep file and expands it.
 
-    Raises: ConfigError: the file or its base is not there or lacks a part; a point overrides a key that the base does
-      not have, or with a value of another type; two points are the same.
+    Raises: ConfigError: the file or its base is not there or lacks a part; it has both `sweep` and `suggest`; a point
+      overrides a key that the base does not have, or with a value of another type; two points are the same.
     """
     path = Path(path)
     module = _run(path, "the sweep")
-    missing = [name for name in ("BASE", "sweep", "metrics") if name not in module]
+    missing = [name for name in ("BASE", "metrics") if name not in module]
+    if not {"sweep", "suggest"} & set(module):
+        missing.append("sweep")
     if missing:
-        raise ConfigError(f"{path} has no {' and no '.join(missing)}: a sweep file needs BASE, sweep() and metrics().")
+        raise ConfigError(
+            f"{path} has no {' and no '.join(missing)}: a sweep file needs BASE, metrics(), and sweep() (or, for a "
+            "search with Optuna, suggest(trial))."
+        )
+    if {"sweep", "suggest"} <= set(module):
+        raise ConfigError(
+            f"{path} has both sweep() and suggest(trial): keep sweep(), which lists the points, or suggest(trial), "
+            "which lets Optuna choose them."
+        )
     metrics = tuple(module["metrics"]())
     if not metrics:
         raise ConfigError(f'{path}: metrics() has to name at least one metric, such as "test/top1".')
@@ -82,7 +99,7 @@ def load_sweep(path: str | Path) -> Sweep:
         path=path,
         doc=(module["__doc__"] or "").strip(),
         base=base,
-        points=expand(base, list(module["sweep"]()), where=str(path)),
+        points=expand(base, list(module["sweep"]()), where=str(path)) if "sweep" in module else (),
         metrics=metrics,
         suggest=module.get("suggest"),
     )
@@ -129,6 +146,17 @@ def expand(base: ConfigDict, overrides: Iterable[Mapping[str, Any]], *, where: s
     return tuple(Point(i, n, o, c) for i, (n, o, c) in enumerate(zip(names, all_overrides, configs)))
 
 
+def suggested(base: ConfigDict, overrides: Mapping[str, Any], number: int, *, where: str) -> Point:
+    """The point of one trial, named by what it has other than the base.
+
+    Raises: ConfigError: see `load_sweep`.
+    """
+    config = _override(base, overrides, where)
+    flat, before = flatten(config), flatten(base.to_dict())
+    values = {key: flat[key] for key in overrides if repr(flat[key]) != repr(before[key])}
+    return Point(number, point_name(values) if values else "base", dict(overrides), config)
+
+
 def _override(base: ConfigDict, overrides: Mapping[str, Any], where: str) -> dict[str, Any]:
     known = flatten(base.to_dict())
     for key in overrides:
@@ -155,7 +183,10 @@ def point_name(values: Mapping[str, Any]) -> str:
     """
     last = [key.rpartition(".")[2] for key in values]
     keys = [short if last.count(short) == 1 else key for key, short in zip(values, last)]
-    return ",".join(f"{key}={_text(value)}" for key, value in zip(keys, values.values())) or "only"
+    name = ",".join(f"{key}={_text(value)}" for key, value in zip(keys, values.values())) or "only"
+    if len(name) <= MAX_NAME:
+        return name
+    return f"{name[:MAX_NAME]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def _text(value: Any) -> str:

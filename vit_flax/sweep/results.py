@@ -28,8 +28,9 @@ class Row:
     Attributes:
       name: of the point.
       values: of the keys that vary in the sweep.
-      status: "done", "failed" or "pending".
-      metrics: of a point that is done (or of the last rung of a search).
+      status: "done", "stopped" (by a search, before its end), "failed" or "pending".
+      step: that it was trained to, where it is done or stopped.
+      metrics: at that step.
       secs: wall time of training.
       error: of a point that failed.
     """
@@ -37,9 +38,15 @@ class Row:
     name: str
     values: dict[str, Any]
     status: str
+    step: int | None
     metrics: dict[str, float]
     secs: float | None
     error: str | None
+
+    @property
+    def has_metrics(self) -> bool:
+        """Whether it ended well."""
+        return self.status in ("done", "stopped")
 
 
 def collect(workdir: Path, sweep: Sweep) -> list[Row]:
@@ -56,6 +63,7 @@ def collect(workdir: Path, sweep: Sweep) -> list[Row]:
                 name=point.name,
                 values={key: config[key] for key in varying},
                 status=result["status"],
+                step=result.get("step"),
                 metrics=result.get("metrics") or {},
                 secs=result.get("secs"),
                 error=result.get("error"),
@@ -70,19 +78,23 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
     metrics = list(dict.fromkeys(name for row in rows for name in row.metrics))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["name", *keys, "status", *metrics, "secs", "error"])
+    writer.writerow(["name", *keys, "status", "step", *metrics, "secs", "error"])
     for row in rows:
         numbers = [row.metrics.get(name, "") for name in metrics]
         values = [json.dumps(v) if isinstance(v, list) else v for v in row.values.values()]
-        writer.writerow([row.name, *values, row.status, *numbers, row.secs or "", row.error or ""])
+        writer.writerow([row.name, *values, row.status, row.step or "", *numbers, row.secs or "", row.error or ""])
     write_atomically(path, out.getvalue())
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Points that differ in the seed only: mean and standard deviation of each metric over those that are done."""
+    """Points that differ in the seed only: mean and standard deviation of each metric over those that ended well.
+
+    A search may stop some of them before the others; then they are several settings, each with its `stopped_after`.
+    """
 
     values: dict[str, Any]
+    stopped_after: int | None
     rows: tuple[Row, ...]
     mean: dict[str, float]
     std: dict[str, float]
@@ -94,27 +106,35 @@ class Setting:
 
 
 def settings(rows: Sequence[Row], metric: str, larger_is_better: bool) -> list[Setting]:
-    """The rows grouped over seeds, best first; settings without a finite mean come last."""
-    groups: dict[str, list[Row]] = {}
+    """The rows grouped over seeds: those that trained to the end, then those that got less far, each best first.
+
+    Settings without a finite mean come last among their like.
+    """
+    groups: dict[tuple[str, int | None], list[Row]] = {}
     for row in rows:
-        groups.setdefault(repr({k: v for k, v in row.values.items() if k != SEED}), []).append(row)
+        values = repr({k: v for k, v in row.values.items() if k != SEED})
+        groups.setdefault((values, row.step if row.status == "stopped" else None), []).append(row)
     found = []
-    for group in groups.values():
-        done = [row for row in group if row.status == "done"]
+    for (_, stopped_after), group in groups.items():
+        done = [row for row in group if row.has_metrics]
         names = list(dict.fromkeys(name for row in done for name in row.metrics))
         numbers = {name: [row.metrics.get(name, math.nan) for row in done] for name in names}
         found.append(
             Setting(
                 values={k: v for k, v in group[0].values.items() if k != SEED},
+                stopped_after=stopped_after,
                 rows=tuple(group),
                 mean={name: statistics.fmean(values) for name, values in numbers.items()},
                 std={n: statistics.stdev(values) if len(values) > 1 else 0.0 for n, values in numbers.items()},
             )
         )
 
-    def worth(setting: Setting) -> float:
+    def worth(setting: Setting) -> tuple[float, float]:
+        reached = math.inf if setting.stopped_after is None else float(setting.stopped_after)
         value = setting.mean.get(metric, math.nan)
-        return -math.inf if not math.isfinite(value) else value if larger_is_better else -value
+        if not setting.mean:  # nothing there: failed or pending
+            return -math.inf, -math.inf
+        return reached, -math.inf if not math.isfinite(value) else value if larger_is_better else -value
 
     return sorted(found, key=worth, reverse=True)
 
@@ -129,19 +149,30 @@ def print_table(console: Console, sweep: Sweep, rows: Sequence[Row], limit: int 
     for key in keys:
         table.add_column(key)
     table.add_column("seeds", justify="right")
+    stops = any(setting.stopped_after for setting in ranked)
+    if stops:
+        table.add_column("stopped after", justify="right")
     for name in names:
         table.add_column(name, justify="right")
     for setting in ranked[:limit]:
-        done = [row for row in setting.rows if row.status == "done"]
+        done = [row for row in setting.rows if row.has_metrics]
         cells = [mean_and_std(setting, name, len(done)) for name in names]
         seeds = f"{len(done)}/{len(setting.rows)}" if len(done) < len(setting.rows) else str(len(done))
-        table.add_row(*(_plain(setting.values[key]) for key in keys), seeds, *cells)
+        where = [stop_of(setting)] if stops else []
+        table.add_row(*(_plain(setting.values[key]) for key in keys), seeds, *where, *cells)
     console.print(table)
     if len(ranked) > limit:
         console.print(f"and {len(ranked) - limit} more in results.csv")
     for row in rows:
         if row.status == "failed":
             console.print(f"FAILED {row.name}: {row.error}", markup=False, highlight=False, soft_wrap=True)
+
+
+def stop_of(setting: Setting) -> str:
+    """Where a search stopped a setting: such as "step 66", "the end", or a dash for what failed."""
+    if setting.stopped_after is not None:
+        return f"step {setting.stopped_after}"
+    return "the end" if setting.mean else "-"
 
 
 def mean_and_std(setting: Setting, metric: str, count: int) -> str:
@@ -159,10 +190,14 @@ def _plain(value: Any) -> str:
 def main_effects(rows: Sequence[Row], metric: str) -> dict[str, float]:
     """How much of the metric's variance each key explains by itself: variance of the means of its values / total.
 
+    Empty for a search that stopped points early: what is left is a choice of the metric itself.
+
     Source: first-order Sobol indices, estimated on the points of the sweep (Saltelli et al. 2008, section 1.2.10);
     exact for a full grid.
     """
     done = [row for row in rows if row.status == "done" and math.isfinite(row.metrics.get(metric, math.nan))]
+    if any(row.status == "stopped" for row in rows):
+        return {}
     if len(done) < 2 or not (total := statistics.pvariance([row.metrics[metric] for row in done])):
         return {}
     effects: dict[str, float] = {}

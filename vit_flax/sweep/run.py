@@ -6,18 +6,153 @@ failed ones again.
 """
 
 import json
+import os
+import signal
+import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from vit_flax.config import ConfigError, flatten
 from vit_flax.files import write_atomically
-from vit_flax.sweep.points import Point, Sweep, load_sweep
+from vit_flax.signals import EXIT_PREEMPTED, exit_on_signals
+from vit_flax.sweep.points import Point, Sweep
 
 LAUNCHERS = ("local", "slurm")
 RESULT = "result.json"
+TIME_IS_UP = signal.SIGUSR2  # submitit and Slurm send it before the time limit, and when a job is preempted
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one process does: trains a point, to its end or until after the step `stop_after`."""
+
+    point: Point
+    stop_after: int | None = None
+
+
+@runtime_checkable
+class Plan(Protocol):
+    """What runs next.
+
+    Attributes:
+      points: all that it has chosen so far.
+      finished: nothing is left to do, in a later life neither.
+    """
+
+    @property
+    def points(self) -> tuple[Point, ...]: ...
+
+    @property
+    def finished(self) -> bool: ...
+
+    def next(self) -> Task | None:
+        """To start now; None if nothing is left, or if that depends on tasks that are running."""
+        ...
+
+    def ended(self, task: Task, result: Mapping[str, Any] | None) -> str:
+        """Takes note of a result (see `run_point`; None: a signal stopped it); returns its label, such as "[3/24]"."""
+        ...
+
+
+class Each:
+    """Every point that is not done, once, in their order."""
+
+    def __init__(self, points: tuple[Point, ...], workdir: Path):
+        self.points, self._workdir = points, workdir
+        self._waiting = list(_not_done(workdir, points))
+        self._count, self._ended = len(self._waiting), 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether every point is done."""
+        return not _not_done(self._workdir, self.points)
+
+    def next(self) -> Task | None:
+        """The next point."""
+        return Task(self._waiting.pop(0)) if self._waiting else None
+
+    def ended(self, task: Task, result: Mapping[str, Any] | None) -> str:
+        """Counts."""
+        self._ended += 1
+        return f"[{self._ended}/{self._count}]"
+
+
+def run(
+    plan: Plan,
+    workdir: Path,
+    *,
+    jobs: int,
+    launcher: str,
+    launcher_options: Mapping[str, Any],
+    say: Callable[[str], None] = print,
+) -> None:
+    """Runs what the plan says, at most `jobs` tasks at a time, each in a process of its own.
+
+    An error or a signal to stop (as the exception that its handler raises) ends the tasks first: they save, and go on
+    from there when the sweep is started again.
+
+    Args:
+      plan: what to run.
+      workdir: of the sweep.
+      jobs: how many run at once.
+      launcher: "local" or "slurm".
+      launcher_options: parameters of submitit, such as {"slurm_partition": "gpu", "gpus_per_node": 1}.
+      say: takes a line about each task that ends.
+
+    Raises: ModuleNotFoundError: submitit is not installed; says how to.
+    """
+    executor = _executor(workdir, launcher, launcher_options)
+    running: dict[Any, Task] = {}
+    try:
+        while True:
+            while len(running) < jobs and (task := plan.next()) is not None:
+                with _ignoring_ctrl_c():
+                    running[executor.submit(_run_task, task, str(workdir))] = task
+            if not running:
+                return
+            for job in [job for job in running if job.done()]:
+                task = running.pop(job)
+                result = _settle(job, task.point, workdir)
+                say(f"{plan.ended(task, result)} {task.point.name}: {_outcome(result)}")
+            time.sleep(0.2)
+    finally:
+        _cancel(running, launcher, say)
+
+
+def run_point(point: Point, workdir: Path, *, stop_after: int | None = None) -> dict[str, Any]:
+    """Trains one point, in this process, and notes its result; an error is noted, not raised.
+
+    Args:
+      point: to train, or to go on with.
+      workdir: of the sweep.
+      stop_after: see `train`; the result then has the status "stopped", and its metrics under `rungs`, too.
+
+    Returns: the result: `status` ("done", "stopped" or "failed"), `step`, `metrics`, `secs`, `error`, `rungs`.
+    """
+    from vit_flax.trainer import train
+
+    folder = point_workdir(workdir, point)
+    before = read_result(folder) or {}
+    rungs, earlier = before.get("rungs", {}), before["secs"] if before.get("status") == "stopped" else 0.0
+    since = time.time()
+    try:
+        state, metrics = train(point.config, folder, stop_after=stop_after)
+    except Exception as error:  # one bad point must not end the others
+        traceback.print_exc()
+        entries: dict[str, Any] = dict(status="failed", error=f"{type(error).__name__}: {error}")
+    else:
+        entries = dict(status="done" if stop_after is None else "stopped", step=int(state.step), metrics=metrics)
+        if stop_after is not None:
+            rungs = {**rungs, str(stop_after): metrics}
+    return write_result(folder, point, **entries, secs=earlier + time.time() - since, rungs=rungs)
+
+
+# Results.
 
 
 def point_workdir(workdir: Path, point: Point) -> Path:
@@ -25,27 +160,41 @@ def point_workdir(workdir: Path, point: Point) -> Path:
     return workdir / "points" / point.name
 
 
-def claim(workdir: Path, sweep: Sweep) -> None:
-    """Writes sweep.json, or checks that the one which is there describes the same base.
+def claim(workdir: Path, sweep: Sweep, search: Mapping[str, Any] | None = None) -> None:
+    """Writes sweep.json, or checks that the one which is there describes the same base and the same search.
 
     Points may be added to a sweep and taken away from it; the base of the others must stay what it was.
 
-    Raises: ConfigError: the folder holds another sweep.
+    Args:
+      workdir: of the sweep.
+      sweep: see `load_sweep`.
+      search: what a search may not change from one command to the next; JSON values. None: every point runs to its end.
+
+    Raises: ConfigError: the folder holds another sweep, or another search; names what differs.
     """
     path, base = workdir / "sweep.json", flatten(sweep.base.to_dict())
     if path.exists():
-        there = json.loads(path.read_text())["base"]
-        here = json.loads(json.dumps(base))
-        differing = [key for key in sorted({*there, *here}) if there.get(key) != here.get(key)]
-        if differing:
+        there = json.loads(path.read_text())
+        if keys := _differing(there["base"], json.loads(json.dumps(base))):
             raise ConfigError(
-                f"{workdir} holds a sweep of another base; it differs in {', '.join(differing[:8])}. "
+                f"{workdir} holds a sweep of another base; it differs in {', '.join(keys[:8])}. "
                 "Choose another --workdir, or put the base back."
             )
+        if search is not None and there.get("search") and (keys := _differing(there["search"], dict(search))):
+            rows = [f"  {key}: there {there['search'].get(key)!r}, here {search.get(key)!r}" for key in keys]
+            raise ConfigError(
+                f"{workdir} holds another search:\n" + "\n".join(rows) + "\nChoose another --workdir, or go on with "
+                "that one."
+            )
+        search = search or there.get("search")
     workdir.mkdir(parents=True, exist_ok=True)
     points = {point.name: point.overrides for point in sweep.points}
-    content = {"sweep": str(sweep.path), "doc": sweep.doc, "metrics": sweep.metrics, "base": base, "points": points}
-    write_atomically(path, json.dumps(content, indent=2))
+    content = {"sweep": str(sweep.path), "doc": sweep.doc, "metrics": sweep.metrics, "search": search}
+    write_atomically(path, json.dumps(content | {"base": base, "points": points}, indent=2))
+
+
+def _differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    return [key for key in sorted({*there, *here}) if there.get(key) != here.get(key)]
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
@@ -54,83 +203,36 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def write_result(folder: Path, point: Point, **entries: Any) -> None:
-    """Notes how a point ended."""
+def write_result(folder: Path, point: Point, **entries: Any) -> dict[str, Any]:
+    """Notes how a point ended, and returns that."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {"name": point.name, "overrides": point.overrides, **entries}
     write_atomically(folder / RESULT, json.dumps(content, indent=2))
+    return json.loads(json.dumps(content))
 
 
 def pending(workdir: Path, sweep: Sweep) -> list[Point]:
     """The points that are not done."""
-    results = [read_result(point_workdir(workdir, point)) for point in sweep.points]
-    return [p for p, result in zip(sweep.points, results) if result is None or result["status"] != "done"]
+    return _not_done(workdir, sweep.points)
 
 
-def run_point(sweep: Sweep, workdir: Path, index: int) -> dict[str, Any]:
-    """Trains one point to its end, in this process, and notes its result; an error is noted, not raised."""
-    from vit_flax.trainer import train
-
-    point = sweep.points[index]
-    folder = point_workdir(workdir, point)
-    since = time.time()
-    try:
-        _, metrics = train(point.config, folder)
-    except Exception as error:  # one bad point must not end the others
-        traceback.print_exc()
-        write_result(folder, point, status="failed", error=f"{type(error).__name__}: {error}", secs=time.time() - since)
-    else:
-        write_result(folder, point, status="done", metrics=metrics, secs=time.time() - since)
-    result = read_result(folder)
-    assert result is not None
-    return result
+def _not_done(workdir: Path, points: Iterable[Point]) -> list[Point]:
+    results = [(point, read_result(point_workdir(workdir, point))) for point in points]
+    return [point for point, result in results if result is None or result["status"] != "done"]
 
 
-def _run_point_of(sweep_path: str, workdir: str, index: int) -> str:
-    """What a job of a launcher calls: everything it gets is text."""
-    from vit_flax.cache import enable_compilation_cache
+def value_of(metrics: Mapping[str, float], deciding: tuple[str, bool]) -> float:
+    """The deciding metric of a result, turned so that larger is better.
 
-    enable_compilation_cache()
-    return run_point(load_sweep(sweep_path), Path(workdir), index)["status"]
-
-
-def run(
-    sweep: Sweep,
-    workdir: Path,
-    *,
-    jobs: int,
-    launcher: str,
-    launcher_options: Mapping[str, Any],
-    say: Callable[[str], None] = print,
-) -> None:
-    """Runs the pending points, at most `jobs` at a time, each in a process of its own.
-
-    Args:
-      sweep: see `load_sweep`.
-      workdir: of the sweep.
-      jobs: how many run at once.
-      launcher: "local" or "slurm".
-      launcher_options: parameters of submitit, such as {"slurm_partition": "gpu", "gpus_per_node": 1}.
-      say: takes a line about each point that ends.
-
-    Raises: ModuleNotFoundError: submitit is not installed; says how to.
+    Raises: ConfigError: the result does not have it; names those that it has.
     """
-    points = pending(workdir, sweep)
-    executor = _executor(workdir, launcher, launcher_options)
-    waiting, running = list(points), dict[Any, Point]()
-    try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                point = waiting.pop(0)
-                running[executor.submit(_run_point_of, str(sweep.path), str(workdir), point.index)] = point
-            for job in [job for job in running if job.done()]:
-                point = running.pop(job)
-                _settle(job, point, point_workdir(workdir, point))
-                say(_line(workdir, point, len(points) - len(waiting) - len(running), len(points)))
-            time.sleep(0.2)
-    finally:
-        for job in running:  # an interrupted sweep leaves no process behind; its points go on from their checkpoints
-            job.cancel()
+    name, larger_is_better = deciding
+    if name not in metrics:
+        raise ConfigError(f"The metric {name!r} decides, and the results do not have it: {', '.join(sorted(metrics))}.")
+    return metrics[name] if larger_is_better else -metrics[name]
+
+
+# Processes.
 
 
 def _executor(workdir: Path, launcher: str, options: Mapping[str, Any]) -> Any:
@@ -145,22 +247,93 @@ def _executor(workdir: Path, launcher: str, options: Mapping[str, Any]) -> Any:
     return executor
 
 
-def _settle(job: Any, point: Point, folder: Path) -> None:
-    """Notes a failure for a point whose process died without doing so itself."""
-    if job.exception() is not None and read_result(folder) is None:
-        tail = (job.stderr() or "").strip().splitlines()[-1:]
-        write_result(folder, point, status="failed", error="the process died: " + (tail[0] if tail else "no output"))
+class _RunTask:
+    """What a process of a launcher calls; it gets the task pickled, so that the sweep file may change meanwhile."""
+
+    def __call__(self, task: Task, workdir: str) -> str | None:
+        """Runs the task; returns its status, None after a signal to stop and a checkpoint."""
+        if os.environ.get("SUBMITIT_EXECUTOR") == "local":
+            os.setpgid(0, 0)  # Ctrl-C in a terminal reaches the whole group; `run` tells this process to stop, once
+        exit_on_signals()
+        requeue = signal.getsignal(TIME_IS_UP)
+        received = []
+
+        def save_first(number: int, _frame: Any) -> None:
+            received.append(number)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        signal.signal(TIME_IS_UP, save_first)
+        try:
+            return self._train(task, Path(workdir))
+        except SystemExit as stop:
+            if received and callable(requeue):
+                requeue(received[0], None)  # submitit puts the job back into the queue, and exits
+            if stop.code != EXIT_PREEMPTED:
+                raise
+            return None
+
+    def _train(self, task: Task, workdir: Path) -> str:
+        from vit_flax.cache import enable_compilation_cache
+
+        enable_compilation_cache()
+        return run_point(task.point, workdir, stop_after=task.stop_after)["status"]
+
+    def checkpoint(self, task: Task, workdir: str) -> Any:
+        """What submitit is to run when the job starts again: the same."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self, task, workdir)
 
 
-def _line(workdir: Path, point: Point, number: int, total: int) -> str:
-    result = read_result(point_workdir(workdir, point))
+_run_task = _RunTask()
+
+
+@contextmanager
+def _ignoring_ctrl_c() -> Iterator[None]:
+    """Processes that start here inherit that: Ctrl-C would make submitit's controller kill its task after a second."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # a notebook's worker; handlers are set in the main thread only
+        return
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _cancel(running: Mapping[Any, Task], launcher: str, say: Callable[[str], None]) -> None:
+    """Asks tasks to save and stop; waits for those on this machine, so that the sweep can be started again at once.
+
+    submitit's own `cancel` of a local job kills it after one second, which is too early for a save.
+    """
+    if launcher != "local":
+        for job in running:
+            job.cancel()
+        return
+    left = [job for job in running if not job.done()]
+    for job in left:
+        os.kill(int(job.job_id), signal.SIGTERM)  # the controller; it passes the signal on
+    if left:
+        say(f"Waiting for {len(left)} to save ...")
+    while not all(job.done() for job in left):
+        time.sleep(0.1)
+
+
+def _settle(job: Any, point: Point, workdir: Path) -> dict[str, Any] | None:
+    """The result of a task that has ended; notes a failure if its process died without doing so itself."""
+    folder = point_workdir(workdir, point)
+    if job.exception() is None:
+        return read_result(folder) if job.result() is not None else None
+    tail = (job.stderr() or "").strip().splitlines()[-1:]
+    rungs = (read_result(folder) or {}).get("rungs", {})
+    error = f"the process died: {tail[0] if tail else 'no output'}"
+    return write_result(folder, point, status="failed", error=error, rungs=rungs)
+
+
+def _outcome(result: Mapping[str, Any] | None) -> str:
     if result is None:
-        return f"[{number}/{total}] {point.name}: stopped; the same command goes on from its checkpoint"
-    if result["status"] != "done":
-        return f"[{number}/{total}] {point.name}: FAILED: {result['error'].splitlines()[0]}"
-    return f"[{number}/{total}] {point.name}: {_numbers(result['metrics'])}  ({result['secs']:.0f} s)"
-
-
-def _numbers(metrics: Mapping[str, float], names: Sequence[str] = ()) -> str:
-    chosen = names or [name for name in metrics if not name.startswith("train/")]
-    return "  ".join(f"{name} {metrics[name]:.4f}" for name in list(chosen)[:3])
+        return "stopped; the same command goes on from its checkpoint"
+    if result["status"] == "failed":
+        return f"FAILED: {result['error'].splitlines()[0]}"
+    numbers = [f"{k} {v:.4f}" for k, v in result["metrics"].items() if not k.startswith("train/")]
+    return f"{'  '.join(numbers[:3])}  ({result['secs']:.0f} s)"
