@@ -20,8 +20,13 @@ from ml_collections import ConfigDict, config_flags
 from vit_flax.config import ConfigError, flatten, plain
 from vit_flax.signals import exit_on_signals
 
+# Keys that the file leaves at their defaults may be given as flags; `build` knows which keys there are.
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The experiment: a Python file with get_config(), or FILE:ARGUMENT.", lock_config=True
+    "config",
+    None,
+    "The experiment: a Python file with get_config(), or FILE:ARGUMENT.",
+    lock_config=False,
+    accept_new_attributes=True,
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that the run writes.")
 _MODE = flags.DEFINE_enum(
@@ -148,7 +153,7 @@ def _explain(argv: list[str], error: str) -> str:
                 f"the config has no key {key!r}."
                 + (f" Did you mean {near[0]}?" if near else "")
                 + f"\nThere are: {', '.join(section or known)}."
-                + "\nAn option that the file leaves at its default has to be written into the file first."
+                + "\nA section that the file leaves out is given whole, such as --config.sinks=\"{'csv': {}}\"."
             )
     return f"the config cannot be loaded: {error}"
 

@@ -18,7 +18,7 @@ from vit_flax.optim import keeps_average
 from vit_flax.report import write_report
 from vit_flax.signals import EXIT_PREEMPTED, Interrupted, StopSignal
 from vit_flax.step import TrainState
-from vit_flax.writer import Writer, print_results
+from vit_flax.writer import Writer, print_groups, print_results
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ def train_job(job: Job, workdir_path: str | Path, stop: StopSignal) -> tuple[Tra
         with Checkpoints(str(folder / "checkpoints"), **job.checkpoint) as checkpoints:
             start = restore_or_init(job, checkpoints)
             with job.writer(folder, start_step=start.step) as writer:
+                print_groups(writer.console, job.parameter_groups())
                 loop = Loop(job, start, checkpoints, writer, stop)
                 loop.run()
                 if loop.finished:

@@ -169,7 +169,7 @@ def muon(
     """
 
     def labels(params: PyTree) -> PyTree:
-        return jax.tree.map(lambda hit: "matrix" if hit.any() else "other", any_match(matrices, params))
+        return jax.tree.map(lambda hit: "matrix" if hit.any() else "other", any_match(matrices, params, "matrices"))
 
     def dimension_numbers(params: PyTree) -> PyTree:
         return jax.tree_util.tree_map_with_path(lambda path, x: _matrix_axes(name_of(path)), params)
