@@ -41,6 +41,7 @@ from vit_flax.sinks import SINKS, Sink, check_installed
 from vit_flax.sinks.files import Files
 from vit_flax.step import TrainState, classification, init_state, train_step
 from vit_flax.train_log import TrainLog
+from vit_flax.typing import PyTree
 from vit_flax.update_rules import RULES
 from vit_flax.writer import Writer
 
@@ -169,9 +170,9 @@ class Job:
         make = bind(make_optimizer, "optim", section)
         return lambda hparams: make(hparams=hparams)
 
-    def parameter_groups(self) -> list[ParameterGroup]:
-        """The parameters by how the optimiser treats them."""
-        return parameter_groups(jax.eval_shape(self.init).params, **self.sections["optim"])
+    def parameter_groups(self, params: PyTree) -> list[ParameterGroup]:
+        """The parameters (or their shapes) by how the optimiser treats them."""
+        return parameter_groups(params, **self.sections["optim"])
 
     def step(self) -> Callable[..., Any]:
         """`(state, batch) -> (state, metrics)` (to be jitted)."""
@@ -305,7 +306,7 @@ class Job:
 
     def evaluation_hooks(
         self, evaluations: Mapping[str, Evaluation], writer: Writer, log: TrainLog | None, results: dict[str, float]
-    ) -> dict[str, Hook]:
+    ) -> dict[str, Every]:
         """Runs each evaluation when it is due, writes its metrics and puts them into `results`."""
 
         def hook(name: str, evaluation: Evaluation) -> Every:

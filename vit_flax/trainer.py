@@ -53,7 +53,7 @@ def train_job(job: Job, workdir_path: str | Path, stop: StopSignal) -> tuple[Tra
         with Checkpoints(str(folder / "checkpoints"), **job.checkpoint) as checkpoints:
             start = restore_or_init(job, checkpoints)
             with job.writer(folder, start_step=start.step) as writer:
-                print_groups(writer.console, job.parameter_groups())
+                print_groups(writer.console, job.parameter_groups(start.state.params))
                 loop = Loop(job, start, checkpoints, writer, stop)
                 loop.run()
                 if loop.finished:
@@ -191,7 +191,7 @@ def evaluate(config: Config, workdir_path: str | Path) -> dict[str, float]:
     results: dict[str, float] = {}
     with job.writer(None, start_step=0) as writer:
         for hook in job.evaluation_hooks(job.evaluations(StopSignal()), writer, None, results).values():
-            hook(job.run.total_steps, state)
+            hook.now(step, state)
     print_results(writer.console, {"step": float(step), **results}, workdir.places(folder))
     return results
 

@@ -208,6 +208,8 @@ def schedule_free(
 
     The parameters are the points where gradients are taken; evaluate `optim.eval_params(opt_state, params)`.
     """
+    if isinstance(b1, int | float) and b1 == 0:
+        raise ValueError("'schedule_free' with b1=0 keeps no average to evaluate: give b1 above 0, such as 0.9.")
 
     def wrap(steps: optax.GradientTransformation, lr_at: Schedule) -> optax.GradientTransformation:
         return contrib.schedule_free(steps, lr_at, b1, weight_lr_power)
