@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from vit_flax import checkpoint
 from vit_flax.checkpoint import CheckpointMismatch, Checkpoints, SaveFailed, load_params, read_newest
 from vit_flax.checkpoint_record import read_record, steps_in
 from vit_flax.checksums import checksums
@@ -84,6 +85,16 @@ def test_newest_comes_back_bit_for_bit(own_three):
     assert found.step == 3
     assert checksums(found.state) == checksums(make_state(3))
     assert jax.tree.map(lambda x: x.dtype, found.state) == jax.tree.map(lambda x: x.dtype, make_state(3))
+
+
+def test_a_device_that_is_full_is_no_damage(own_three, monkeypatch):
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.")
+
+    monkeypatch.setattr(checkpoint, "_read_arrays", full)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Out of memory"):
+        restored(own_three)
+    assert steps_in(own_three) == [1, 2, 3]
 
 
 def test_no_checkpoint_is_none(tmp_path):

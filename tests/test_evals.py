@@ -69,6 +69,7 @@ def test_classification_counts_each_example_once_on_eight_devices():
     assert jax.device_count() == 8
     evaluation = make()
     figures = evaluation.run(STATE)
+    assert set(figures) == set(evaluation.figures)  # the names that checkpoint.best_metric may have
     guesses = logits().argmax(-1)
     assert figures["count"] == N
     assert figures["top1"] == pytest.approx((guesses == LABELS).mean())
@@ -127,6 +128,7 @@ def test_multilabel_figures_and_details():
     labels[:, 2] = 0
     evaluation = make("multilabel", labels)
     figures = evaluation.run(STATE)
+    assert set(figures) == set(evaluation.figures)
     want = [average_precision_score(labels[:, v], logits()[:, v]) if v != 2 else None for v in range(V)]
     assert evaluation.details["class_count"] == labels.sum(0).tolist()
     assert evaluation.details["class_average_precision"] == [None if p is None else pytest.approx(p) for p in want]

@@ -196,10 +196,18 @@ def test_a_run_leaves_report_pictures_facts_and_trace(tmp_path):
         (lambda c: c.run.update(dict(peak_tflops="fast")), r"run: peak_tflops='fast': expected 'known', 'measured'"),
         (lambda c: c.run.update(dict(profile_steps=(1, 3))), r"run: profile_steps=\(1, 3\): expected"),
         (lambda c: c.run.update(dict(profile_steps=(3, 11))), "<= 10"),
-        (lambda c: c.run.update(dict(log_every_steps=0)), "must be at least 1"),
+        (lambda c: c.run.update(dict(log_every_steps=0)), r"run\.log_every_steps=0: expected 1 or more"),
         (lambda c: c.evals.test.update(dict(every_secs=3.0)), r"unknown key evals\.test\.every_steps"),
         (lambda c: c.evals.test.__delitem__("every_steps"), r"missing key evals\.test\.every_steps"),
-        (lambda c: c.checkpoint.update(dict(every_steps=-4)), "checkpoint: .* cannot be negative"),
+        (
+            lambda c: c.checkpoint.update(dict(every_steps=-4)),
+            r"checkpoint\.every_steps=-4: expected a number of 0 or more",
+        ),
+        (lambda c: c.evals.test.update(dict(type="multilabel")), "one label each: use 'classification'"),
+        (lambda c: c.evals.update({"train": c.evals.test}), "not 'train'"),
+        (lambda c: c.checkpoint.update(dict(best_metric="test/acc")), r"'test/acc' is none of .*test/top1"),
+        (lambda c: c.checkpoint.update(dict(best_metric="test/ema_top1")), "is none of"),
+        (lambda c: c.checkpoint.update(dict(best_metric="val/top1")), "is none of"),
         (lambda c: c.evals.test.update(dict(type="regression")), r"evals\.test\.type='regression' is unknown"),
     ],
 )
@@ -209,6 +217,20 @@ def test_bad_settings_are_named_before_anything_starts(change, message):
         change(config)
     with pytest.raises(ConfigError, match=message):
         build(config)
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "message"),
+    [
+        ("mesh", None, "mesh: expected a section with keys, found None"),
+        ("sinks", ["csv"], r"sinks: expected a section with keys, found \['csv'\]"),
+        ("run", 3, "run: expected a section"),
+        ("evals", {"../up": dict(type="classification", every_steps=5)}, r"evals\.\.\./up: the name of an evaluation"),
+    ],
+)
+def test_what_is_no_section_is_named(section, value, message):
+    with pytest.raises(ConfigError, match=message):
+        build(tiny_config().to_dict() | {section: value})
 
 
 def test_objective_is_a_mean_of_float32_logits():

@@ -1,5 +1,6 @@
 """The command line, as a user meets it."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ def test_train_resume_and_evaluate(tmp_path):
     assert first.returncode == 0, first.stderr
     assert "step 10/10 loss" in first.stdout
     assert "test/top1" in first.stdout
+    assert re.search(r"head/kernel +80 +1 +0\.05\n", first.stdout)  # the table of parameter groups
     assert str(tmp_path / "checkpoints") in first.stdout
     again = launch(*arguments, "--mode=eval")
     assert again.returncode == 0, again.stderr
@@ -36,15 +38,27 @@ def test_train_resume_and_evaluate(tmp_path):
 def test_dry_run_prints_everything_and_writes_nothing(tmp_path):
     done = launch("--config", "tests/configs/tiny.py", "--mode=dry_run", "--workdir", tmp_path / "new")
     assert done.returncode == 0, done.stderr
+    assert re.search(r"blocks/.*kernel +0-1 +[\d,]+ +1 +0\.05\n", done.stdout)  # the table of parameter groups
     for word in ('"num_classes": 10', "blocks/attention/query", "GFLOP per image", "MiB", "10 of 64 images"):
         assert word in done.stdout
     assert not (tmp_path / "new").exists()
 
 
+def test_options_that_the_file_leaves_at_their_defaults_are_flags_too():
+    given = ("run.accumulate_steps=2", "checkpoint.best_mode=min", "optim.freeze=['block_0/.*']", "run.log_layer_norms")
+    done = launch("--config", "tests/configs/tiny.py", "--mode=dry_run", *(f"--config.{option}" for option in given))
+    assert done.returncode == 0, done.stderr
+    for line in ('"accumulate_steps": 2', '"best_mode": "min"', '"block_0/.*"', '"log_layer_norms": true', " frozen"):
+        assert line in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config.optim.learning=1"], "the config has no key 'optim.learning'"),
+        (["--config.optim.learning=1"], "unknown key optim.learning"),
+        (["--config.optim.warmup_stepz=1"], "did you mean optim.warmup_steps?"),
+        (["--config.sinks.csv={}"], "is given whole, such as --config.sinks="),
+        (["--config.optim.lr=-1"], "optim.lr=-1.0: expected a number of 0 or more"),
         (["--config.modle.width=3"], "the config has no key 'modle.width'. Did you mean model.width?"),
         (["--config.model.width=wide"], "invalid literal for int() with base 10: 'wide'"),
         (["--config.model.num_classes=3"], "model.num_classes=3, but the data has 10 classes"),

@@ -234,6 +234,8 @@ def test_unknown_names_and_arguments_are_named():
         make(name="sgd", b2=0.9)
     with pytest.raises(ValueError, match="schedule='constant', not 'cosine'"):
         make(name="schedule_free", schedule="cosine")
+    with pytest.raises(ValueError, match="b1=0 keeps no average"):
+        make(name="schedule_free", schedule="constant", b1=0.0).init(stacked_params())
     with pytest.raises(ValueError, match=r"update\(gradients, state, params\)"):
         make(name="adamw").update({}, {})
 

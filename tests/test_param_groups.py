@@ -75,8 +75,25 @@ def test_a_string_in_place_of_a_list_is_refused():
 
 
 def test_more_blocks_than_there_are_is_an_error():
-    with pytest.raises(ValueError, match=r"train_last_blocks=4 must lie between 0 and the depth, found \[3\]"):
+    with pytest.raises(
+        ValueError, match=r"train_last_blocks=4 must lie between 0 and the number of blocks, which is 3"
+    ):
         make_groups(full_params(), train_last_blocks=4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(freeze=["head/(.*"]), r"freeze: 'head/\(\.\*' is no regular expression"),
+        (dict(lr_multipliers=[["head/.*"]]), r"lr_multipliers: expected pairs .*, found \['head/\.\*'\]"),
+        (dict(lr_multipliers=[["head/.*", "2"]]), "lr_multipliers: expected pairs"),
+        (dict(decay_multipliers=[["head/.*", -1.0]]), "decay_multipliers: expected pairs .* of 0 or more"),
+        (dict(freeze=[".*"]), "leave nothing to train"),
+    ],
+)
+def test_patterns_and_factors_that_make_no_sense_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_groups(full_params(), **options)
 
 
 SECTION = {

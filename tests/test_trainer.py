@@ -1,6 +1,7 @@
 """The whole path: train, evaluate, checkpoint, resume; and what happens when something is wrong."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -83,6 +84,14 @@ def test_evaluate_gives_the_metrics_of_the_last_checkpoint(finished):
     _, results, workdir = finished
     again = evaluate(tiny_config(run__ema_decay=0.9), workdir)
     assert again == {k: v for k, v in results.items() if k.startswith("test/")}
+
+
+def test_evaluate_says_the_step_of_the_checkpoint(finished, tmp_path, capsys):
+    workdir = shutil.copytree(finished[2], tmp_path / "unfinished")
+    shutil.rmtree(workdir / "checkpoints" / "10")
+    evaluate(tiny_config(run__ema_decay=0.9), workdir)
+    said = capsys.readouterr().out
+    assert ("step 8 test/" in said, "step 10 " in said) == (True, False)
 
 
 def test_another_experiment_in_the_workdir_is_refused(finished):

@@ -742,6 +742,8 @@ def test_pixels_must_be_floating_point_numbers(monkeypatch):
         ({"qkv_bias": "vq"}, "qkv_bias='vq' is unknown.*'qv'"),
         ({"num_heads": 3}, "num_heads=3 must divide model.width=16"),
         ({"num_heads": 0}, "num_heads must be 1 or more"),
+        ({"patch_size": 0}, "patch_size is one side or .* of 1 or more, got 0"),
+        ({"registers": -1}, "registers must be 0 or more"),
         ({"rope": "eva", "head_dim": 6}, "multiple of 4, found 6"),
         ({"dropout": 1.0}, "dropout is a probability below 1, got 1.0"),
         ({"drop_path": -0.1}, "drop_path is a probability"),

@@ -24,6 +24,15 @@ def test_lock_names_host_and_process(tmp_path):
         pass
 
 
+def test_a_workdir_that_cannot_be_a_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file", tmp_path / "file" / "run"):
+        message = rf"The workdir {place} cannot be written .*Choose a --workdir"
+        with pytest.raises(OSError, match=message), workdir.lock(place):
+            pass
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_every_key_that_differs_is_named(tmp_path):
     workdir.claim(tmp_path, CONFIG, given=CONFIG)
     before = (tmp_path / "config.json").read_bytes()
@@ -48,6 +57,14 @@ def test_what_changes_no_numbers_may_differ(tmp_path):
     workdir.claim(tmp_path, CONFIG, given=CONFIG)
     workdir.claim(tmp_path, {**CONFIG, "run": {"seed": 0, "log_every_steps": 9}, "checkpoint": {}}, given=CONFIG)
     assert json.loads((tmp_path / "config.json").read_text())["config"]["run"]["log_every_steps"] == 9
+
+
+def test_files_of_nobody_knows_what_run_are_not_written_over(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 9}\n')
+    with pytest.raises(ConfigError, match=r"has metrics\.jsonl, but no config\.json"):
+        workdir.claim(tmp_path, CONFIG, given=CONFIG)
+    (tmp_path / "checkpoints" / "9").mkdir(parents=True)  # whose record says what it is of
+    workdir.claim(tmp_path, CONFIG, given=CONFIG)
 
 
 def test_check_changes_nothing(tmp_path):

@@ -402,6 +402,8 @@ def _newest_whole(
         except (CheckpointMismatch, MemoryError, PermissionError):
             raise
         except Exception as error:  # whatever a damaged file makes the readers raise
+            if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+                raise  # the memory of the device is full; the checkpoint may be whole
             damaged.append(step)
             log.error("Checkpoint %s is damaged (%s): %s", step, _reason(error), path)
     if damaged:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
+from vit_flax.limits import NOT_NEGATIVE, outside
+
 if TYPE_CHECKING:  # expanding a sweep of a thousand points must not cost an import of JAX
     from vit_flax.typing import Array
 
@@ -76,7 +78,7 @@ def check_section(
       also: a second callable, which gets what the first one takes as `**kwargs`.
       extra: keys that the program itself reads.
 
-    Raises: ConfigError: unknown, missing or mistyped keys.
+    Raises: ConfigError: unknown, missing or mistyped keys, values outside `limits.LIMITS`.
     """
     parameters = {
         p.name: p
@@ -91,11 +93,40 @@ def check_section(
     for key in parameters.keys() & section.keys():
         value, expected = section[key], parameters[key].annotation
         if expected is not inspect.Parameter.empty and not _fits(value, expected):
-            expected_name = getattr(expected, "__name__", None) if not typing.get_args(expected) else None
             raise ConfigError(
-                f"{name}.{key}: expected {expected_name or str(expected).replace('typing.', '')}, "
-                f"found {value!r} ({type(value).__name__})."
+                f"{name}.{key}: expected {_in_words(expected)}, found {value!r} ({type(value).__name__})."
             )
+    problems = [outside(name, key, value) for key, value in flatten(section).items()]
+    if any(problems):
+        raise ConfigError("\n".join(filter(None, problems)))
+
+
+def _in_words(annotation: Any) -> str:
+    """A type as a user would write it; an array or the number that may be traced in its place is "a number"."""
+    parts = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
+    words = []
+    for part in parts:
+        if _is_array(part) or part is complex:
+            continue
+        if _is_union(part):
+            words.append(_in_words(part))
+        elif part is type(None):
+            words.append("None")
+        else:
+            words.append(
+                part.__name__ if not typing.get_args(part) else re.sub(r"\b(typing|collections\.abc)\.", "", str(part))
+            )
+    return "a number" if {"int", "float", "bool"} <= {*words} else " or ".join(dict.fromkeys(words))
+
+
+def _is_union(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
+
+
+def _is_array(annotation: Any) -> bool:
+    """Whether a type is the traced form of a number; a config holds plain numbers."""
+    words = re.findall(r"\w+", f"{annotation!r} {type(annotation)!r}")
+    return bool({"jax", "jaxlib", "jaxtyping", "numpy"} & {*words})
 
 
 def _fits(value: Any, annotation: Any) -> bool:
@@ -103,10 +134,10 @@ def _fits(value: Any, annotation: Any) -> bool:
     if annotation in (Any, inspect.Parameter.empty) or isinstance(annotation, str):
         return True
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (typing.Union, types.UnionType):
+    if _is_union(annotation):
         return any(_fits(value, a) for a in args)
-    if {"jax", "jaxlib", "jaxtyping"} & set(re.findall(r"\w+", f"{annotation!r} {type(annotation)!r}")):
-        return False  # the traced form of a number; a config holds plain numbers
+    if _is_array(annotation) or annotation is complex:
+        return False
     if annotation is type(None) or annotation is None:
         return value is None
     if annotation is float:
@@ -124,7 +155,7 @@ def _fits(value: Any, annotation: Any) -> bool:
 def in_steps(name: str, section: Mapping[str, Any], steps_per_epoch: float) -> dict[str, Any]:
     """The section with every duration `<x>_epochs` turned into `<x>_steps`.
 
-    Raises: ConfigError: one duration given in both units.
+    Raises: ConfigError: one duration given in both units, or one that is no number of epochs.
     """
     out = {}
     for key, value in section.items():
@@ -132,6 +163,8 @@ def in_steps(name: str, section: Mapping[str, Any], steps_per_epoch: float) -> d
             steps = key.removesuffix("_epochs") + "_steps"
             if steps in section:
                 raise ConfigError(f"{name} gives both {key} and {steps}: remove one of them.")
+            if not (value is None or NOT_NEGATIVE.allows(value)):
+                raise ConfigError(f"{name}.{key}={value!r}: expected {NOT_NEGATIVE.expected}, in epochs.")
             out[steps] = None if value is None else max(1, round(value * steps_per_epoch)) if value else 0
         else:
             out[key] = value
@@ -193,6 +226,6 @@ def explain_overrides(argv: list[str], error: str) -> str:
                 f"the config has no key {key!r}."
                 + (f" Did you mean {near[0]}?" if near else "")
                 + f"\nThere are: {', '.join(section or known)}."
-                + "\nAn option that the file leaves at its default has to be written into the file first."
+                + "\nA section that the file leaves out is given whole, such as --config.sinks=\"{'csv': {}}\"."
             )
     return f"the config cannot be loaded: {error}"

@@ -24,6 +24,7 @@ from vit_flax.config import ConfigError
 from vit_flax.job import Job, build
 from vit_flax.models.flops import forward_flops
 from vit_flax.typing import PyTree
+from vit_flax.writer import print_groups
 
 MIB = 2**20
 
@@ -41,6 +42,7 @@ def dry_run(config: Any, topology: str | None = None) -> None:
     console = Console(width=None if Console().is_terminal else 120)
     console.print(json.dumps(job.config, indent=2), highlight=False, markup=False)
     console.print(_parameter_table(job))
+    print_groups(console, job.parameter_groups(job.abstract_state().params))
     console.print(_facts_table(job))
     try:
         compiled = compile_step(job)

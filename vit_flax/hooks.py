@@ -57,8 +57,12 @@ class Every:
     def __call__(self, step: int, state: TrainState) -> None:
         """Acts if this step is due."""
         if self.is_due(step):
-            self._action(step, state)
-            self._done_at = self._clock()
+            self.now(step, state)
+
+    def now(self, step: int, state: TrainState) -> None:
+        """Acts, whether this step is due or not."""
+        self._action(step, state)
+        self._done_at = self._clock()
 
 
 def check_profile_steps(steps: Sequence[int], total_steps: int) -> None:

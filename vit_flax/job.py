@@ -7,7 +7,8 @@ and each method of `Job` makes one part, in a notebook as in `train`.
 import dataclasses
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -33,13 +34,14 @@ from vit_flax.models import make_model
 from vit_flax.models.flops import forward_flops
 from vit_flax.models.vit import ViT
 from vit_flax.optim import ema_update, eval_params, make_optimizer
-from vit_flax.param_groups import layer_norms
+from vit_flax.param_groups import ParameterGroup, layer_norms, parameter_groups
 from vit_flax.schedules import make_schedule
 from vit_flax.signals import StopSignal
 from vit_flax.sinks import SINKS, Sink, check_installed
 from vit_flax.sinks.files import Files
 from vit_flax.step import TrainState, classification, init_state, train_step
 from vit_flax.train_log import TrainLog
+from vit_flax.typing import PyTree
 from vit_flax.update_rules import RULES
 from vit_flax.writer import Writer
 
@@ -174,6 +176,10 @@ class Job:
         make = bind(make_optimizer, "optim", section)
         return lambda hparams: make(hparams=hparams)
 
+    def parameter_groups(self, params: PyTree) -> list[ParameterGroup]:
+        """The parameters (or their shapes) by how the optimiser treats them."""
+        return parameter_groups(params, **self.sections["optim"])
+
     def step(self) -> Callable[..., Any]:
         """`(state, batch) -> (state, metrics)` (to be jitted)."""
         loss = {k: v for k, v in self.sections["loss"].items() if k != "name"}
@@ -306,7 +312,7 @@ class Job:
 
     def evaluation_hooks(
         self, evaluations: Mapping[str, Evaluation], writer: Writer, log: TrainLog | None, results: dict[str, float]
-    ) -> dict[str, Hook]:
+    ) -> dict[str, Every]:
         """Runs each evaluation when it is due, writes its metrics and puts them into `results`."""
 
         def hook(name: str, evaluation: Evaluation) -> Every:
@@ -378,6 +384,7 @@ def build(
     written = plain(config)
     config = {"mesh": DEFAULT_MESH} | plain(completed or config)
     check_names("", config, SECTIONS, required=[name for name in SECTIONS if name not in OPTIONAL])
+    _check_sections(config)
     with _named("init"):
         start = _make_start(config)
         config = start.complete_data(config)
@@ -419,14 +426,69 @@ def build(
         hparams=hparams_of(sections),
         stop_after=stop_after,
     )
-    for name in ("checkpoint", *(f"evals.{name}" for name in config["evals"])):
+    _check_parts(job)
+    return job
+
+
+def _check_sections(config: Mapping[str, Any]) -> None:
+    """Checks that sections are sections, and that evaluations have names that files and figures can bear."""
+    nested = {f"{kind}.{name}": entry for kind in ("evals", "sinks") for name, entry in _entries(config.get(kind))}
+    for name, section in {**config, **nested}.items():
+        if not isinstance(section, Mapping):
+            raise ConfigError(f"{name}: expected a section with keys, found {section!r}.")
+    for name in config["evals"]:
+        if not re.fullmatch(r"[\w.-]*\w", name) or name == "train":
+            raise ConfigError(
+                f"evals.{name}: the name of an evaluation starts the names of its figures and of its files: use "
+                "letters, digits, '_', '-' and '.', and not 'train', which is the training itself."
+            )
+
+
+def _entries(section: Any) -> Iterable[tuple[str, Any]]:
+    return section.items() if isinstance(section, Mapping) else ()
+
+
+def _check_parts(job: Job) -> None:
+    """Makes, or traces without computing, every part that would otherwise fail when it is first used."""
+    for name in ("checkpoint", *(f"evals.{name}" for name in job.config["evals"])):
         with _named(name):
             job.every(name, lambda step, state: None)
+    _check_evaluations(job)
+    with _named("optim"):
+        job.optimizer()(job.init_arguments()[1])
     with _named("the config"):
         abstract = jax.eval_shape(job.init)
     with _named("mesh"):
-        sharding.param_shardings(abstract.params, mesh)
-    return job
+        sharding.param_shardings(abstract.params, job.mesh)
+    sizes = {"images": (*job.data.image_shape,), "targets": (job.data.num_classes,)}
+    kinds = {"images": np.uint8, "targets": np.float32}
+    batch = [jax.ShapeDtypeStruct((job.data.batch_size, *sizes[name]), kinds[name]) for name in sizes]
+    change = bind(augment, "augment", job.sections["augment"])
+    with _named("augment"):
+        jax.eval_shape(change, abstract.key, *batch, hparams=abstract.hparams)
+
+
+def _check_evaluations(job: Job) -> None:
+    """Checks that the evaluations are for the labels of the data, and that one of them gives `best_metric`."""
+    several = np.ndim(job.data.train_source[0]["label"]) > 0
+    known: list[str] = []
+    for name, entry in job.config["evals"].items():
+        evaluation = EVALS[entry["type"]]
+        if evaluation.several_labels != several:
+            fitting = " or ".join(repr(kind) for kind, other in EVALS.items() if other.several_labels == several)
+            raise ConfigError(
+                f"evals.{name}.type={entry['type']!r}, but the examples of this data have "
+                f"{'several labels' if several else 'one label'} each: use {fitting}."
+            )
+        known += [f"{name}/{average}{figure}" for average in ("", "ema_") for figure in evaluation.figures]
+    if not job.run.ema_decay:
+        known = [metric for metric in known if "/ema_" not in metric]
+    best = job.sections["checkpoint"].get("best_metric")
+    if best is not None and best not in known:
+        raise ConfigError(
+            f"checkpoint.best_metric={best!r} is none of the figures of the evaluations: "
+            f"{', '.join(known) or 'there are none'}. None keeps no best checkpoint."
+        )
 
 
 def _make_start(config: Mapping[str, Any]) -> Start | FromScratch:

@@ -17,8 +17,13 @@ from ml_collections import ConfigDict, config_flags
 from vit_flax.config import ConfigError, explain_overrides
 from vit_flax.signals import exit_on_signals
 
+# Keys that the file leaves at their defaults may be given as flags; `build` knows which keys there are.
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The experiment: a Python file with get_config(), or FILE:ARGUMENT.", lock_config=True
+    "config",
+    None,
+    "The experiment: a Python file with get_config(), or FILE:ARGUMENT.",
+    lock_config=False,
+    accept_new_attributes=True,
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that the run writes.")
 _MODE = flags.DEFINE_enum(

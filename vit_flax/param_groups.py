@@ -69,32 +69,44 @@ def make_groups(
             pooling and the head.
 
     Raises:
-        ValueError: a pattern that matches nothing (with the nearest names), more blocks to train than there are.
+        ValueError: a pattern that matches nothing (with the nearest names), more blocks to train than there are, a
+            factor below 0, nothing left to train.
     """
     depth = _depths(params)
     if train_last_blocks is not None and not 0 <= train_last_blocks <= min(depth.values(), default=0):
-        raise ValueError(f"{train_last_blocks=} must lie between 0 and the depth, found {sorted(depth.values())}.")
+        depths = ", ".join(map(str, sorted(depth.values()))) or "none"
+        raise ValueError(f"{train_last_blocks=} must lie between 0 and the number of blocks, which is {depths}.")
     height = jax.tree_util.tree_map_with_path(lambda path, x: _layers_above(path, x, depth), params)
-    frozen = any_match(freeze, params)
+    frozen = any_match(freeze, params, "freeze")
     if train_last_blocks is not None:
         frozen = jax.tree.map(lambda f, h: f | (h > train_last_blocks), frozen, height)
     trained = jax.tree.map(np.logical_not, frozen)
+    if not any(t.any() for t in jax.tree.leaves(trained)):
+        raise ValueError(f"{freeze=} and {train_last_blocks=} leave nothing to train: freeze less.")
     factor = jax.tree.map(lambda t: t.astype(np.float32), trained)
     if layer_decay is not None:
         factor = jax.tree.map(lambda f, h: f * layer_decay ** h.astype(np.float32), factor, height)
-    decay = jax.tree.map(lambda hit: hit.astype(np.float32), any_match(decay_mask, params))
+    decay = jax.tree.map(lambda hit: hit.astype(np.float32), any_match(decay_mask, params, "decay_mask"))
     return ParamGroups(
         stacked=jax.tree_util.tree_map_with_path(lambda path, _: bool(_STACK.search(name_of(path))), params),
-        decay=_multiply(decay, decay_multipliers, params),
-        factor=_multiply(factor, lr_multipliers, params),
+        decay=_multiply(decay, decay_multipliers, params, "decay_multipliers"),
+        factor=_multiply(factor, lr_multipliers, params, "lr_multipliers"),
         trained=trained,
     )
 
 
-def _multiply(factors: PyTree, multipliers: Sequence[Sequence[Any]], params: PyTree) -> PyTree:
-    for pattern, by in multipliers:
-        factors = jax.tree.map(lambda f, hit, by=by: f * (hit * by + ~hit), factors, any_match([pattern], params))
+def _multiply(factors: PyTree, multipliers: Sequence[Sequence[Any]], params: PyTree, what: str) -> PyTree:
+    for pair in multipliers:
+        if isinstance(pair, str) or len(pair) != 2 or not isinstance(pair[0], str) or _is_below_0(pair[1]):
+            raise ValueError(f"{what}: expected pairs [pattern, factor of 0 or more], found {pair!r}.")
+        hits = any_match([pair[0]], params, what)
+        factors = jax.tree.map(lambda f, hit, by=pair[1]: f * (hit * by + ~hit), factors, hits)
     return factors
+
+
+def _is_below_0(factor: Any) -> bool:
+    """Whether it is no number, or a negative one or NaN; a traced number may be anything."""
+    return isinstance(factor, str | Sequence) or (isinstance(factor, int | float) and not factor >= 0)
 
 
 class ParameterGroup(NamedTuple):
@@ -218,18 +230,24 @@ def layer_norms(tree: PyTree) -> dict[str, Array]:
     return {key: jnp.sqrt(square) for key, square in squares.items()}
 
 
-def any_match(patterns: Sequence[str], params: PyTree) -> PyTree:
+def any_match(patterns: Sequence[str], params: PyTree, what: str = "patterns") -> PyTree:
     """For each parameter whether a pattern matches: a scalar, or per layer, shaped to broadcast.
 
+    Args:
+        patterns: regular expressions for whole names.
+        params: the parameters; only names and shapes are read.
+        what: the patterns are, for messages.
+
     Raises:
-        ValueError: a pattern that matches nothing (with the nearest names).
+        ValueError: a pattern that matches nothing (with the nearest names), or that is no regular expression.
     """
     if isinstance(patterns, str):
-        raise ValueError(f"Expected a list of patterns, found the string {patterns!r}; write [{patterns!r}].")
+        raise ValueError(f"{what}: expected a list of patterns, found the string {patterns!r}; write [{patterns!r}].")
     found = set()
+    expressions = {pattern: _compile(pattern, what) for pattern in patterns}
 
     def hit(name: str) -> bool:
-        hits = {p for p in patterns if re.fullmatch(p, name) or re.fullmatch(p, _stack_name(name))}
+        hits = {p for p, e in expressions.items() if e.fullmatch(name) or e.fullmatch(_stack_name(name))}
         found.update(hits)
         return bool(hits)
 
@@ -238,10 +256,17 @@ def any_match(patterns: Sequence[str], params: PyTree) -> PyTree:
         names = sorted({_stack_name(name_of(path)) for path, _ in jax.tree_util.tree_leaves_with_path(params)})
         near = difflib.get_close_matches(re.sub(r"[^\w/]", "", pattern), names, n=3, cutoff=0.0)
         raise ValueError(
-            f"The pattern {pattern!r} matches no parameter; it is compared with the whole name. "
+            f"{what}: the pattern {pattern!r} matches no parameter; it is compared with the whole name. "
             f"Near names: {', '.join(near)}. The names of a single layer start with block_0/, block_1/ and so on."
         )
     return hits
+
+
+def _compile(pattern: Any, what: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{what}: {pattern!r} is no regular expression ({error}).") from None
 
 
 def name_of(path: tuple) -> str:

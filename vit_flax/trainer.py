@@ -18,7 +18,7 @@ from vit_flax.optim import keeps_average
 from vit_flax.report import write_report
 from vit_flax.signals import EXIT_PREEMPTED, Interrupted, StopSignal
 from vit_flax.step import TrainState
-from vit_flax.writer import Writer, print_results
+from vit_flax.writer import Writer, print_groups, print_results
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +58,7 @@ def train_job(job: Job, workdir_path: str | Path, stop: StopSignal) -> tuple[Tra
         with Checkpoints(str(folder / "checkpoints"), **job.checkpoint) as checkpoints:
             start = restore_or_init(job, checkpoints)
             with job.writer(folder, start_step=start.step) as writer:
+                print_groups(writer.console, job.parameter_groups(start.state.params))
                 loop = Loop(job, start, checkpoints, writer, stop)
                 loop.run()
                 if loop.finished and loop.step == job.run.total_steps:
@@ -195,7 +196,7 @@ def evaluate(config: Config, workdir_path: str | Path) -> dict[str, float]:
     results: dict[str, float] = {}
     with job.writer(None, start_step=0) as writer:
         for hook in job.evaluation_hooks(job.evaluations(StopSignal()), writer, None, results).values():
-            hook(job.run.total_steps, state)
+            hook.now(step, state)
     print_results(writer.console, {"step": float(step), **results}, workdir.places(folder))
     return results
 

@@ -169,7 +169,7 @@ def muon(
     """
 
     def labels(params: PyTree) -> PyTree:
-        return jax.tree.map(lambda hit: "matrix" if hit.any() else "other", any_match(matrices, params))
+        return jax.tree.map(lambda hit: "matrix" if hit.any() else "other", any_match(matrices, params, "matrices"))
 
     def dimension_numbers(params: PyTree) -> PyTree:
         return jax.tree_util.tree_map_with_path(lambda path, x: _matrix_axes(name_of(path)), params)
@@ -208,6 +208,8 @@ def schedule_free(
 
     The parameters are the points where gradients are taken; evaluate `optim.eval_params(opt_state, params)`.
     """
+    if isinstance(b1, int | float) and b1 == 0:
+        raise ValueError("'schedule_free' with b1=0 keeps no average to evaluate: give b1 above 0, such as 0.9.")
 
     def wrap(steps: optax.GradientTransformation, lr_at: Schedule) -> optax.GradientTransformation:
         return contrib.schedule_free(steps, lr_at, b1, weight_lr_power)

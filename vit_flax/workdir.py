@@ -55,10 +55,17 @@ MAY_CHANGE = (
 def lock(workdir: Path) -> Iterator[None]:
     """Holds the workdir for this process; two writers in one folder would destroy each other's checkpoints.
 
-    Raises: RuntimeError: another process holds it; names host and process.
+    Raises: RuntimeError: another process holds it; names host and process. OSError: it cannot be made or written.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
-    with open(workdir / "lock", "a+") as file:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = open(workdir / "lock", "a+")  # noqa: SIM115  (closed below)
+    except OSError as error:
+        raise OSError(
+            f"The workdir {workdir} cannot be written ({error.strerror}: {error.filename}). "
+            "Choose a --workdir that is, or can become, a folder of yours."
+        ) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -118,10 +125,18 @@ def claim(workdir: Path, config: Mapping[str, Any], *, given: Mapping[str, Any])
 def check(workdir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
     """What config.json holds; None if there is none. Changes nothing.
 
-    Raises: ConfigError: the workdir holds another experiment; names the keys that differ.
+    Raises: ConfigError: the workdir holds another experiment, and names the keys that differ; or files of a run without
+      a config.json.
     """
     path = workdir / "config.json"
     if not path.exists():
+        foreign = [name for name in ("metrics.jsonl", "report.html") if (workdir / name).exists()]
+        # Of a run with checkpoints, their records say what it is: only its config.json got lost.
+        if foreign and not any((workdir / "checkpoints").glob("[0-9]*")):
+            raise ConfigError(
+                f"{workdir} has {' and '.join(foreign)}, but no config.json that says what run they are of. "
+                "Restore it, or choose another --workdir. Nothing was changed."
+            )
         return None
     try:
         record = json.loads(path.read_text())

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from vit_flax.param_groups import ParameterGroup
 from vit_flax.sinks import EXTRAS, Sink
 
 
@@ -106,6 +107,21 @@ class Writer:
     def __exit__(self, *_: object) -> None:
         """Closes everything that was opened, the newest first."""
         self.closing.close()
+
+
+def print_groups(console: Console, groups: Sequence[ParameterGroup]) -> None:
+    """The parameters by how they are treated, one line a group (whole, however narrow the console)."""
+    rows: list[tuple[str, ...]] = [("parameters", "layers", "number", "lr x", "weight decay")]
+    for group in groups:
+        low, high = (f"{factor:.3g}" for factor in group.lr_factor)
+        treated = (
+            ("frozen", "") if group.frozen else (low if low == high else f"{low} to {high}", f"{group.weight_decay:g}")
+        )
+        rows.append((group.pattern, group.layers, f"{group.num_parameters:,}", *treated))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        cells = (cell.rjust(width) if i == 2 else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths)))
+        console.print("  ".join(cells).rstrip(), highlight=False, markup=False, soft_wrap=True)
 
 
 def print_results(console: Console, results: Mapping[str, float], places: Mapping[str, Path]) -> None:

@@ -133,7 +133,9 @@ def main(argv: list[str]) -> None:
 
 def _parse_flags(argv: list[str]) -> list[str]:
     # Defined here and not above: the launcher has a flag --config, too, and a test may import both.
-    config_flags.DEFINE_config_file("config", None, "The experiment, as for vit_flax.main.", lock_config=True)
+    config_flags.DEFINE_config_file(
+        "config", None, "The experiment, as for vit_flax.main.", lock_config=False, accept_new_attributes=True
+    )
     flags.DEFINE_string("out", None, "The .png file to write.")
     flags.DEFINE_integer("step", 0, "The training step whose batch is drawn.")
     flags.DEFINE_integer("max_images", 32, "Images drawn of each batch.")

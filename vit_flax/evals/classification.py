@@ -30,9 +30,14 @@ class Classification:
       num_classes: v.
 
     Attributes:
+      figures: names of what `run` returns, without those of the moving average.
+      several_labels: whether it is for data with several labels per example.
       details: of the last run: counts per class `class_count`, `class_predicted` and `class_top1` [v], the matrix
         `confusion` [true, predicted] up to `MAX_CONFUSION` classes, and `samples`, a list of predictions.
     """
+
+    figures = ("loss", "count", "top1", "top5", "ece")
+    several_labels = False
 
     def __init__(
         self,

@@ -21,6 +21,8 @@ from vit_flax.writer import Writer
 class Evaluation(Protocol):
     """What is in `EVALS`."""
 
+    figures: tuple[str, ...]
+    several_labels: bool
     details: dict[str, Any]
 
     def run(self, state: TrainState) -> dict[str, float]:

@@ -27,8 +27,13 @@ class Multilabel:
       num_classes: v.
 
     Attributes:
+      figures: names of what `run` returns, without those of the moving average.
+      several_labels: whether it is for data with several labels per example.
       details: of the last run: `class_count` and `class_average_precision` [v].
     """
+
+    figures = ("loss", "count", "mean_average_precision")
+    several_labels = True
 
     def __init__(
         self,

@@ -74,6 +74,11 @@ def check_sizes(model: Any) -> None:
     for name in ("width", "depth", "mlp_dim", "num_heads"):
         if getattr(model, name) < 1:
             raise ValueError(f"model.{name} must be 1 or more, got {getattr(model, name)}.")
+    sides = (model.patch_size,) * 2 if isinstance(model.patch_size, int) else tuple(model.patch_size)
+    if len(sides) != 2 or min(sides) < 1:
+        raise ValueError(f"model.patch_size is one side or (height, width) of 1 or more, got {model.patch_size}.")
+    if model.registers < 0:
+        raise ValueError(f"model.registers must be 0 or more, got {model.registers}.")
     if model.head_dim is None and model.width % model.num_heads:
         raise ValueError(
             f"model.num_heads={model.num_heads} must divide model.width={model.width}, or model.head_dim must be given."
