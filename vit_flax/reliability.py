@@ -176,8 +176,8 @@ def disk_full(lives: Lives, reference: Reference, rng: random.Random, count: int
 
 def _empty(workdir: Path) -> None:
     """Makes the workdir a new one, but leaves the file system that is mounted in it."""
-    for name in ("config.json", "metrics.jsonl"):
-        (workdir / name).unlink()
+    for name in ("config.json", "metrics.jsonl", "report.html"):
+        (workdir / name).unlink(missing_ok=True)
     for path in (workdir / "checkpoints").iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 

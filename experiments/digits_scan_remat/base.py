@@ -8,9 +8,12 @@ from configs import digits
 def get_config() -> ConfigDict:
     """Four epochs are enough to time a step."""
     config = digits.get_config()
-    config.model.update(dict(depth=12, scan=True, remat="none"))
-    config.run.total_epochs = 4.0
-    config.run.log_every_steps = 22
-    config.optim.warmup_epochs = 1.0
-    config.checkpoint.every_epochs = None
+    config.update(
+        {
+            "model": dict(depth=12, scan=True, remat="none"),
+            "run": dict(total_epochs=4.0, log_every_steps=22),
+            "optim": dict(warmup_epochs=1.0),
+            "checkpoint": dict(every_epochs=None),
+        }
+    )
     return config
