@@ -141,6 +141,16 @@ def test_what_disagrees_is_named_with_the_remedy(change, message):
         build(config)
 
 
+def test_model_without_pooling_needs_one():
+    path = CHECKPOINT.with_name("timm_ours_to_timm_every_token_by_itself")
+    config = finetune_config(path, size=(16, 16))
+    with pytest.raises(ConfigError, match=r"gives every token by itself.*init\.override=\('pool',\)"):
+        build(config)
+    config.init.override = ("pool",)
+    config.model.pool = "gap"
+    assert build(config).config["model"]["pool"] == "gap"
+
+
 def test_filters_that_disagree():
     config = finetune_config()
     config.data.train_transforms = [dict(op="decode"), dict(op="resize", size_px=32, filter="bicubic")]

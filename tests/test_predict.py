@@ -83,6 +83,10 @@ def test_what_cannot_be_read_is_said_and_the_rest_is_classified(run, capsys, tmp
         (["--checkpoint", "tests/golden/vit_jax_prelinen.ckpt.npz", "nowhere.jpg"], "nowhere.jpg: there is no such"),
         (["--checkpoint", "tests/golden/vit_jax_prelinen.ckpt.npz", "docs"], "docs: the folder holds no picture"),
         (["--checkpoint", "tests/golden/big_vision_map_siglip.ckpt.npz", "README.md"], "has no head"),
+        (
+            ["--checkpoint", "tests/golden/timm_ours_to_timm_every_token_by_itself", "README.md"],
+            "every token by itself",
+        ),
         (["--checkpoint", "tests/golden/hf_CLIPModel", "README.md"], "its head projects into the space of CLIP's text"),
         (["--checkpoint", "hf://a/b/c", "README.md", "--preprocess", "{"], "hf://a/b/c: "),
     ],

@@ -148,6 +148,11 @@ class Start:
                 + f"\nWrite {right} into the model section, or leave these fields out of it: the checkpoint fills them "
                 + f"in. To load the weights into the config's model all the same: init.override={wrong}"
             )
+        if ours["pool"] == "none":
+            raise ConfigError(
+                f"The model of {self.init.path} gives every token by itself, and there is one target per picture. "
+                "Choose a pooling: config.model.pool='gap' and init.override=('pool',)."
+            )
         return full
 
     def _with_mean_and_std(self, augment: dict[str, Any], channels: int) -> dict[str, Any]:

@@ -43,6 +43,8 @@ def predict(
     """
     if pretrained.model.num_classes is None:
         raise ValueError(f"{pretrained.report.path} has no head: it gives features, not classes. Fine-tune it first.")
+    if pretrained.model.pool == "none":
+        raise ValueError(f"{pretrained.report.path} gives every token by itself, not one result for a picture.")
     if pretrained.report.family == "hf:clip":
         raise ValueError(
             f"{pretrained.report.path} has no classes: its head projects into the space of CLIP's text tower. "
