@@ -180,3 +180,13 @@ def test_the_table_and_the_page_say_where_a_search_stopped_each_point(tmp_path, 
     lines = (tmp_path / "results.csv").read_text().splitlines()
     assert lines[1] == '"lr=0.001,seed=0",0.001,0,done,2,0.3,1.0,E'
     assert lines[2] == '"lr=0.001,seed=1",0.001,1,stopped,1,0.2,1.0,E'
+
+
+def test_the_page_takes_values_that_are_lists(tmp_path):
+    sweep = make([{"optim.lr": lr, "augment.mean": (mean,)} for lr in (1e-3, 2e-3) for mean in (0.4, 0.6)])
+    for point in sweep.points:
+        folder = run.point_workdir(tmp_path, point)
+        run.write_result(folder, point, status="done", step=2, metrics={"test/top1": point.index / 4}, secs=1.0)
+    page = write_page(tmp_path, sweep, results.collect(tmp_path, sweep)).read_text()
+    assert "optim.lr down, augment.mean across" in page
+    assert "<th>[0.6]</th>" in page

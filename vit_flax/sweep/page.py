@@ -79,7 +79,7 @@ def _heat_map(ranked: Sequence[Setting], metric: str, larger: bool) -> str:
     down, across = (sorted({s.values[key] for s in ranked}, key=lambda v: (str(type(v)), v)) for key in keys)
     cells = {(s.values[keys[0]], s.values[keys[1]]): s.mean.get(metric, math.nan) for s in ranked}
     finite = [value for value in cells.values() if math.isfinite(value)]
-    if not finite:
+    if not finite or 2 * len(cells) < len(down) * len(across):  # no grid: points that were drawn
         return ""
     low, high = min(finite), max(finite)
 

@@ -27,7 +27,7 @@ class Row:
 
     Attributes:
       name: of the point.
-      values: of the keys that vary in the sweep.
+      values: of the keys that vary in the sweep; lists as JSON.
       status: "done", "stopped" (by a search, before its end), "failed" or "pending".
       step: that it was trained to, where it is done or stopped.
       metrics: at that step.
@@ -61,7 +61,7 @@ def collect(workdir: Path, sweep: Sweep) -> list[Row]:
         rows.append(
             Row(
                 name=point.name,
-                values={key: config[key] for key in varying},
+                values={k: json.dumps(config[k]) if isinstance(config[k], list) else config[k] for k in varying},
                 status=result["status"],
                 step=result.get("step"),
                 metrics=result.get("metrics") or {},
@@ -81,8 +81,9 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
     writer.writerow(["name", *keys, "status", "step", *metrics, "secs", "error"])
     for row in rows:
         numbers = [row.metrics.get(name, "") for name in metrics]
-        values = [json.dumps(v) if isinstance(v, list) else v for v in row.values.values()]
-        writer.writerow([row.name, *values, row.status, row.step or "", *numbers, row.secs or "", row.error or ""])
+        writer.writerow(
+            [row.name, *row.values.values(), row.status, row.step or "", *numbers, row.secs or "", row.error or ""]
+        )
     write_atomically(path, out.getvalue())
 
 
