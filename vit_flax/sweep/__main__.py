@@ -12,7 +12,6 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -20,9 +19,10 @@ from rich.console import Console
 from vit_flax.config import ConfigError
 from vit_flax.signals import exit_on_signals
 from vit_flax.sweep import results, run
+from vit_flax.sweep.check import check, check_apart
 from vit_flax.sweep.halving import Halving, rungs_of
 from vit_flax.sweep.page import write_page
-from vit_flax.sweep.points import Point, Sweep, load_sweep
+from vit_flax.sweep.points import Sweep, load_sweep
 from vit_flax.sweep.trials import Trials
 
 
@@ -90,7 +90,8 @@ def _run(sweep: Sweep, arguments: argparse.Namespace) -> int:
     trials = Trials(sweep, None, count=arguments.trials, seed=arguments.search_seed) if sweep.suggest else None
     if trials is not None:  # a trial that is not kept: what is wrong with suggest(trial) shows before the first starts
         trials.next()
-    lengths = check(sweep, trials.points if trials else sweep.points)
+    here = arguments.vmap or arguments.point is not None or arguments.dry_run
+    lengths = (check if here else check_apart)(sweep.path, trials.points if trials else sweep.points)
     rungs = rungs_of(lengths, arguments.halving_factor, arguments.min_steps) if arguments.search else None
     if arguments.dry_run:
         _list(sweep, rungs, trials, console)
@@ -159,22 +160,6 @@ def _run_members(sweep: Sweep, workdir: Path, max_members: int | None, console: 
     for group in members.group(points, max_members or (members.most_members(points[0]) if points else None)):
         console.print(f"{len(group)} members in one program: {group[0].name} to {group[-1].name}", soft_wrap=True)
         members.train_members(group, workdir, say=lambda line: console.print(line, highlight=False, soft_wrap=True))
-
-
-def check(sweep: Sweep, points: Sequence[Point]) -> list[int]:
-    """Builds every point, compiles nothing; returns their numbers of steps.
-
-    Raises: ConfigError: names the point and what is wrong with it.
-    """
-    from vit_flax.job import build
-
-    lengths = []
-    for point in points:
-        try:
-            lengths.append(build(point.config).run.total_steps)
-        except ConfigError as error:
-            raise ConfigError(f"{sweep.path}, point {point.index} ({point.name}): {error}") from error
-    return lengths
 
 
 if __name__ == "__main__":
