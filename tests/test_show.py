@@ -98,4 +98,4 @@ def test_command(tmp_path):
     assert "Traceback" not in wrong.stderr
     unknown = launch("--out", tmp_path / "batch.png", "--config.data.batch=3")
     assert unknown.returncode == 2
-    assert "the config has no key 'data.batch'. Did you mean data.batch_size?" in unknown.stderr
+    assert "unknown key data.batch: did you mean data.batch_size?" in unknown.stderr
