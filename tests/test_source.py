@@ -2,13 +2,14 @@
 
 import json
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from vit_flax.convert.source import open_source, weight_files
+from vit_flax.convert.source import open_source, read_npz, weight_files
 
 
 @pytest.fixture
@@ -169,3 +170,14 @@ def test_name_of_a_repository_without_its_scheme():
         open_source("owner/vit-base")
     with pytest.raises(FileNotFoundError, match=r"no such file or folder\.$"):
         open_source("tests/vit-base")
+
+
+def test_several_threads_read_one_archive(tmp_path):
+    """One `zipfile.ZipFile` for all of them fails on Python 3.13.0, most of the times."""
+    arrays = {f"block_{i}/kernel": np.full((64, 64), i, np.float32) for i in range(200)}
+    np.savez(tmp_path / "many.npz", **arrays)
+    tensors = read_npz(tmp_path / "many.npz")
+    for _ in range(5):
+        with ThreadPoolExecutor(4) as pool:
+            read = dict(zip(tensors, pool.map(lambda tensor: tensor.read(), tensors.values())))
+        assert all((read[key] == array).all() for key, array in arrays.items())

@@ -8,6 +8,7 @@ source.tensors["cls_token"].read()           # a view of the file's pages, or a 
 import json
 import math
 import re
+import threading
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -248,14 +249,15 @@ def read_npz(path: Path) -> dict[str, Tensor]:
     """
     tensors = {}
     try:
-        archive = zipfile.ZipFile(path)
-        headers = {
-            info.filename.removesuffix(".npy"): (info, *_npy_header(archive, info)) for info in archive.infolist()
-        }
+        with zipfile.ZipFile(path) as archive:
+            headers = {
+                info.filename.removesuffix(".npy"): (info, *_npy_header(archive, info)) for info in archive.infolist()
+            }
     except PermissionError:
         raise
     except Exception as error:  # the readers of damaged archives and headers raise what they stumble over
         raise ValueError(f"{path}: truncated, damaged, or not an .npz file ({error}). Fetch it again.") from error
+    opened = threading.local()
     for key, (info, shape, dtype) in headers.items():
         if dtype.hasobject:
             raise ValueError(
@@ -264,7 +266,7 @@ def read_npz(path: Path) -> dict[str, Tensor]:
             )
         # NumPy has no bfloat16 of its own and stores it as two raw bytes.
         stored = np.dtype(ml_dtypes.bfloat16) if dtype == np.dtype("V2") else dtype
-        tensors[key] = Tensor(key, shape, stored, _member(archive, info, stored))
+        tensors[key] = Tensor(key, shape, stored, _member(path, info, stored, opened))
     return tensors
 
 
@@ -276,9 +278,13 @@ def _npy_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[tuple[
     return shape, dtype
 
 
-def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, dtype: np.dtype) -> Callable[[], np.ndarray]:
+def _member(path: Path, info: zipfile.ZipInfo, dtype: np.dtype, opened: threading.local) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
-        with archive.open(info) as file:
+        # Members are read by several threads. One ZipFile is not for that: some Pythons (3.13.0) move a position that
+        # all share when they open a member. So each thread has its own.
+        if not hasattr(opened, "archive"):
+            opened.archive = zipfile.ZipFile(path)
+        with opened.archive.open(info) as file:
             return np.lib.format.read_array(file, allow_pickle=False).view(dtype)
 
     return read
