@@ -190,3 +190,18 @@ def test_the_page_takes_values_that_are_lists(tmp_path):
     page = write_page(tmp_path, sweep, results.collect(tmp_path, sweep)).read_text()
     assert "optim.lr down, augment.mean across" in page
     assert "<th>[0.6]</th>" in page
+
+
+def test_the_command_checks_its_points_without_jax_in_its_own_process(tmp_path):
+    """On an accelerator it would hold the memory that the points need."""
+    (tmp_path / "sweep.py").write_text(
+        'BASE = "tests/configs/tiny.py"\ndef sweep(): yield {"optim.lr": -1.0}\ndef metrics(): return ["test/top1"]\n'
+    )
+    program = (
+        "import sys; from vit_flax.sweep.__main__ import main\n"
+        f"sys.argv = ['sweep', '--sweep', '{tmp_path}/sweep.py', '--workdir', '{tmp_path}/w']\n"
+        "assert main() == 2 and 'jax' not in sys.modules, sorted(sys.modules)[:5]"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert "optim.lr=-1.0: expected a number of 0 or more" in done.stderr

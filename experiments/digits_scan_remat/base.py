@@ -11,7 +11,7 @@ def get_config() -> ConfigDict:
     config.update(
         {
             "model": dict(depth=12, scan=True, remat="none"),
-            "run": dict(total_epochs=4.0, log_every_steps=22),
+            "run": dict(total_epochs=4.0, log_every_steps=18),
             "optim": dict(warmup_epochs=1.0),
             "checkpoint": dict(every_epochs=None),
         }

@@ -2,7 +2,7 @@
 
 Hypothesis   scan and loop train equally fast and scan compiles several times faster; remat=full costs a third more
              (one more forward pass), remat=dots less
-Decides      train/images_per_sec over the last 22 steps; the column secs of results.csv is the whole run, so that it
+Decides      train/images_per_sec over the last 18 steps; the column secs of results.csv is the whole run, so that it
              holds the compilation
 Budget       6 points of 4 epochs, one by one and with nothing else on the machine; not for --vmap
 """

@@ -1,4 +1,4 @@
-"""Running the points of a sweep: one by one in this process, or many at once in processes of their own.
+"""Running the points of a sweep, one after another or many at once, each in a process of its own.
 
 Every point has a folder `points/NAME` below the sweep's, which is an ordinary workdir of `train`, and a `result.json`
 in it once it has ended. A sweep that is started again keeps what is done, lets half-finished points go on and tries
