@@ -28,7 +28,7 @@ _MODE = flags.DEFINE_list("mode", ["forward"], "forward, train (the step alone),
 _DTYPE = flags.DEFINE_list("dtype", ["float32"], "float32, bfloat16.")
 _ATTENTION = flags.DEFINE_list("attention", ["auto"], "auto, xla, cudnn, cpu.")
 _LAYERS = flags.DEFINE_list("layers", ["scan"], "scan, loop, or a number of blocks per turn of the scan.")
-_REMAT = flags.DEFINE_list("remat", ["none"], "none, dots, full, offload.")
+_REMAT = flags.DEFINE_list("remat", ["auto"], "auto, none, dots, full, offload.")
 _IMAGE_PX = flags.DEFINE_integer("image_px", 224, "Side of the images.")
 _NUM_CLASSES = flags.DEFINE_integer("num_classes", 1000, "Classes.")
 _PEERS = flags.DEFINE_bool("peers", False, "Measure timm, transformers and Keras too, where they are installed.")
@@ -130,7 +130,7 @@ def start_peers(cases: list[Any]) -> dict[Any, Any]:
     for name in installed():
         for case in cases:
             # What only we can choose is set to one value, so that each peer is measured once.
-            peer = dataclasses.replace(case, library=name, attention="auto", layers="scan", remat="none")
+            peer = dataclasses.replace(case, library=name, attention="auto", layers="scan", remat="auto")
             if peer in peers or case.mode == "loop":
                 continue
             try:

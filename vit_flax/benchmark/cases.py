@@ -33,7 +33,7 @@ class Case:
       dtype: "float32" or "bfloat16".
       attention: a key of `models.attend.IMPLEMENTATIONS`.
       layers: "scan", "loop", or the number of blocks that one turn of the scan holds.
-      remat: a key of `models.vit.REMAT`.
+      remat: "auto" or a key of `models.vit.REMAT`.
       image_px: side of the square image.
       num_classes: of the head.
       depth: number of blocks; None for the variant's own.
@@ -46,7 +46,7 @@ class Case:
     dtype: str
     attention: str = "auto"
     layers: str = "scan"
-    remat: str = "none"
+    remat: str = "auto"
     image_px: int = 224
     num_classes: int = 1000
     depth: int | None = None

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from vit_flax.models.layers import keep, kept
+from vit_flax.models.layers import keep, kept, mark, saved
 from vit_flax.typing import Array, Float
 
 
@@ -30,13 +30,13 @@ def attend(
 
 def _xla(q: Array, k: Array, v: Array) -> Array:
     with jax.numpy_dtype_promotion("standard"):  # it asks for the common type of bfloat16 and float32
-        return jax.nn.dot_product_attention(q, k, v, implementation="xla")
+        return saved(jax.nn.dot_product_attention(q, k, v, implementation="xla"))
 
 
 def _cudnn(q: Array, k: Array, v: Array) -> Array:
     if reason := why_not_cudnn(q):
         raise ValueError(f"attention_impl='cudnn' cannot run here: {reason}. Use 'auto' or 'xla'.")
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    return saved(jax.nn.dot_product_attention(q, k, v, implementation="cudnn"))
 
 
 @jax.custom_vjp
@@ -57,22 +57,22 @@ def _cpu_forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]
     weights = jnp.exp((products - largest) * _scale(q))
     total = jnp.sum(weights, axis=-1, keepdims=True)
     y = _batched_dot(weights.astype(v.dtype), _heads(v), 1) / total  # dividing here is n / e times cheaper
-    y = _tokens(y, q)
-    return y, (*(keep(x) for x in (q, k, v, y)), largest * _scale(q) + jnp.log(total))
+    y, log_total = mark(_tokens(y, q)), mark(largest * _scale(q) + jnp.log(total))
+    return y, (*(keep(x) for x in (q, k, v, y)), log_total)
 
 
-def _cpu_backward(saved: tuple[Array, ...], dy: Array) -> tuple[Array, Array, Array]:
-    q, k, v, y, log_total = (kept(x) for x in saved)
+def _cpu_backward(residuals: tuple[Array, ...], dy: Array) -> tuple[Array, Array, Array]:
+    q, k, v, y, log_total = (kept(x) for x in residuals)
     qh, kh, dyh = _heads(q), _heads(k), _heads(dy)
-    weights = jnp.exp(_batched_dot(qh, kh, 2) * _scale(q) - log_total)
-    row_sums = jnp.sum(dy.astype(jnp.float32) * y.astype(jnp.float32), axis=-1, keepdims=True)
-    dweights = _batched_dot(dyh, _heads(v), 2)
-    dlogits = (weights * (dweights - _heads(row_sums)) * _scale(q)).astype(q.dtype)
-    dq = _batched_dot(dlogits, kh, 1)
-    # The small operand is turned, not the n x n one: d_k^T = q^T d_logits.
-    dk_turned = _batched_dot(_heads_turned(q), dlogits, 1)
-    dv_turned = _batched_dot(_heads_turned(dy), weights.astype(q.dtype), 1)
-    return _tokens(dq, q), _tokens_turned(dk_turned, k), _tokens_turned(dv_turned, v)
+    row_sums = _heads(jnp.sum(dy.astype(jnp.float32) * y.astype(jnp.float32), axis=-1, keepdims=True))
+    # The n x n arrays are turned, [m, s, q]: two of the three products that read them want them so.
+    log_total, row_sums = (x.reshape(x.shape[0], 1, x.shape[1]) for x in (log_total, row_sums))
+    weights = jnp.exp(_batched_dot(kh, qh, 2) * _scale(q) - log_total)
+    dweights = _batched_dot(_heads(v), dyh, 2)
+    dlogits = (weights * (dweights - row_sums) * _scale(q)).astype(q.dtype)
+    dk = _batched_dot(dlogits, qh, 1)
+    dv = _batched_dot(weights.astype(q.dtype), dyh, 1)
+    return _turned_product(dlogits, k), _tokens(dk, k), _tokens(dv, v)
 
 
 _cpu.defvjp(_cpu_forward, _cpu_backward)
@@ -87,20 +87,21 @@ def _heads(x: Float[Array, "b n k e"]) -> Float[Array, "m n e"]:
     return x.transpose(0, 2, 1, 3).reshape(b * k, n, e)
 
 
-def _heads_turned(x: Float[Array, "b n k e"]) -> Float[Array, "m e n"]:
-    b, n, k, e = x.shape
-    return x.transpose(0, 2, 3, 1).reshape(b * k, e, n)
+def _tokens(x: Float[Array, "m n e"], like: Float[Array, "b s k e"]) -> Float[Array, "b n k e"]:
+    b, _, k, e = like.shape
+    return x.astype(like.dtype).reshape(b, k, -1, e).transpose(0, 2, 1, 3)
 
 
-def _tokens(x: Float[Array, "m n e"], like: Float[Array, "b n k e"]) -> Float[Array, "b n k e"]:
-    b, n, k, e = like.shape
-    return x.astype(like.dtype).reshape(b, k, n, e).transpose(0, 2, 1, 3)
-
-
-def _tokens_turned(x: Float[Array, "m e n"], like: Float[Array, "b n k e"]) -> Float[Array, "b n k e"]:
-    # A transpose right behind a bfloat16 product is folded into it by XLA (jaxlib 0.10), to a form it then cannot run.
-    b, n, k, e = like.shape
-    return x.astype(like.dtype).reshape(b, k, e, n).transpose(0, 3, 1, 2)
+def _turned_product(turned: Float[Array, "m s q"], x: Float[Array, "b s k e"]) -> Float[Array, "b q k e"]:
+    """Sums `turned` and `x` over s."""
+    if x.dtype == jnp.float32:
+        product = jax.lax.dot_general(turned, _heads(x), (((1,), (1,)), ((0,), (0,))))
+        return _tokens(product, x)
+    # A bfloat16 product over the first axes is widened to float32. The small operand is turned, not the n x n one; and
+    # a transpose right behind a bfloat16 product is folded into it by XLA (jaxlib 0.10), to a form it then cannot run.
+    b, _, k, e = x.shape
+    product = _batched_dot(x.transpose(0, 2, 3, 1).reshape(b * k, e, -1), turned, 1)
+    return product.astype(x.dtype).reshape(b, k, e, -1).transpose(0, 3, 1, 2)
 
 
 def _batched_dot(a: Array, b: Array, contracted: int) -> Array:
@@ -159,4 +160,4 @@ def attend_with_weights(
     scale = q.shape[-1] ** -0.5
     logits = jnp.einsum("bqke,bske->bkqs", q, k, preferred_element_type=jnp.float32) * scale
     weights = jax.nn.softmax(logits)
-    return jnp.einsum("bkqs,bske->bqke", dropout(weights).astype(v.dtype), v), weights
+    return saved(jnp.einsum("bkqs,bske->bqke", dropout(weights).astype(v.dtype), v)), weights

@@ -54,15 +54,41 @@ def in_float32(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
     return recomputed(lambda x: function(x.astype(jnp.float32)).astype(x.dtype))
 
 
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Each number times the normal distribution's probability of less (Hendrycks and Gimpel 2016, arXiv:1606.08415).
+
+    By `erf`, as PyTorch does. `jax.nn.gelu` takes `erfc`, which is more exact for large negative numbers, where the
+    result is nothing beside a rounding of 1, and costs CPUs 2.4 times as much: it has three branches.
+    """
+    return 0.5 * x * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": in_float32(partial(nn.gelu, approximate=False)),
+    "gelu": in_float32(gelu),
     "gelu_tanh": in_float32(partial(nn.gelu, approximate=True)),
     "quick_gelu": in_float32(lambda x: x * nn.sigmoid(1.702 * x)),
     "silu": in_float32(nn.silu),
 }
 
 
-LINEAR_RESULT = "linear"  # by this name, rules of rematerialisation speak of what a linear layer returns
+SAVED = "saved"  # by this name, rules of rematerialisation speak of what `saved` and `mark` were given
+
+
+def mark(x: Array) -> Array:
+    """`saved` for the forward half of a custom derivative, whose operations JAX does not differentiate."""
+    return kept(checkpoint_name(keep(x), SAVED))
+
+
+@jax.custom_jvp
+def saved(x: Array) -> Array:
+    """The array itself; rules of rematerialisation may have it kept for the backward pass, in the form of `keep`.
+
+    What that form is on CPUs, whole numbers, has no derivative: hence the rule of our own.
+    """
+    return mark(x)
+
+
+saved.defjvp(lambda primals, tangents: (mark(*primals), *tangents))
 
 
 class Linear(nn.Module):
@@ -94,7 +120,7 @@ class Linear(nn.Module):
         if self.use_bias:
             bias = self.param("bias", self.bias_init, features, self.param_dtype)
             y += jnp.expand_dims(bias.astype(jnp.float32), range(y.ndim - len(features)))
-        return checkpoint_name(y.astype(self.dtype), LINEAR_RESULT)
+        return saved(y.astype(self.dtype))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -22,7 +22,7 @@ from flax import linen as nn
 
 from vit_flax.models import heads, variants
 from vit_flax.models.attend import IMPLEMENTATIONS, attend, attend_with_weights
-from vit_flax.models.layers import ACTIVATIONS, LINEAR_RESULT, LayerNorm, LayerScale, Linear, drop_path
+from vit_flax.models.layers import ACTIVATIONS, SAVED, LayerNorm, LayerScale, Linear, drop_path, saved
 from vit_flax.models.posemb import FIXED_TABLES, ROPES, Grid, LearnedPositions, Rotation, rotate
 from vit_flax.typing import Array, Float
 
@@ -67,7 +67,7 @@ class ViT(nn.Module):
       scan: one compiled block for all layers (parameters stacked `[l, ...]` under `blocks`), or a Python loop
         (`block_0`, `block_1`, ...). Compile time does not grow with the depth under scan.
       scan_unroll: blocks per turn of the scan; more may run faster and compile longer.
-      remat: what the backward pass recomputes: a key of `REMAT`.
+      remat: what the backward pass recomputes: a key of `REMAT`, or "auto", see `Encoder`.
       attention_impl: a key of `attend.IMPLEMENTATIONS`.
       return_attention: adds the attention weights to `out` (they are computed the slow way then).
       dtype: of the activations and matrix products, but the head's.
@@ -108,7 +108,7 @@ class ViT(nn.Module):
     head_zero_init: bool = True
     scan: bool = True
     scan_unroll: int = 1
-    remat: str = "none"
+    remat: str = "auto"
     attention_impl: str = "auto"
     return_attention: bool = False
     dtype: Any = "float32"
@@ -138,7 +138,7 @@ class ViT(nn.Module):
             activation=ACTIVATIONS,
             qkv_bias=["", "q", "k", "v", "qk", "qv", "kv", "qkv"],
             drop_path_ramp=RAMPS,
-            remat=REMAT,
+            remat=["auto", *REMAT],
             attention_impl=IMPLEMENTATIONS,
         )
         variants.check_sizes(self)
@@ -302,14 +302,14 @@ RAMPS: dict[str, Callable[[int], list[float]]] = {
     "constant": lambda depth: [1.0] * depth,
 }
 
-# What of the blocks is kept for the backward pass: all that it reads, only the results of the linear layers, those in
-# the memory of the host, or nothing. The rest is computed again.
+# What of a block is kept for the backward pass: all that it reads; only its input and the results of the linear layers
+# and of the attention; those, in the memory of the host; or nothing but its input. The rest is computed again.
 REMAT: dict[str, Callable[..., Any] | None] = {
     "none": None,
-    "dots": jax.checkpoint_policies.save_only_these_names(LINEAR_RESULT),
+    "dots": jax.checkpoint_policies.save_only_these_names(SAVED),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
-        names_which_can_be_offloaded=[LINEAR_RESULT],
+        names_which_can_be_offloaded=[SAVED],
         offload_src="device",
         offload_dst="pinned_host",
     ),
@@ -331,10 +331,14 @@ class Encoder(nn.Module):
         self, x: Float[Array, "b n d"], drop_rates: Float[Array, "l"] | None, rotation: Rotation | None
     ) -> tuple[Float[Array, "b n d"], dict[str, Any]]:
         """Applies the blocks; returns the result and every block's outputs, stacked on a leading axis [l]."""
+        remat = self.remat
+        if remat == "auto":
+            # On CPUs the step waits for the memory that a scan stacks, more than for what is cheap to compute again.
+            remat = "dots" if self.scan and jax.default_backend() == "cpu" else "none"
         # `block` is a partial; the transforms take the class, and the bound arguments go to its constructor.
         cls, arguments = self.block.func, self.block.keywords  # type: ignore[attr-defined]
-        if self.remat != "none":
-            cls = nn.remat(cls, policy=REMAT[self.remat], prevent_cse=not self.scan)
+        if remat != "none":
+            cls = nn.remat(cls, policy=REMAT[remat], prevent_cse=not self.scan)
         if self.scan:
             blocks = nn.scan(
                 cls,
@@ -367,7 +371,7 @@ class Block(nn.Module):
         self, x: Float[Array, "b n d"], drop_rate: Float[Array, ""] | None, rotation: Rotation | None
     ) -> tuple[Float[Array, "b n d"], dict[str, Array]]:
         """Returns the tokens and what the two branches added to them."""
-        out = {}
+        out, x = {}, saved(x)
         y, weights = self.attention(name="attention")(self.norm(name="norm1")(x), rotation=rotation)
         out["attention"] = self._branch(y, drop_rate, "layer_scale1")
         x = x + out["attention"]
