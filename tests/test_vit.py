@@ -1,7 +1,9 @@
 """The model as a whole: parameters, equal paths, tokens, regularisers, errors. The parts have files of their own."""
 
+import collections
 import itertools
 import math
+import re
 from functools import partial
 
 import jax
@@ -13,8 +15,9 @@ from vit_flax.models import SIZES, ViT, make_model
 from vit_flax.models.attend import IMPLEMENTATIONS
 from vit_flax.models.heads import POOLS
 from vit_flax.models.layers import ACTIVATIONS
+from vit_flax.models.patches import patchify
 from vit_flax.models.posemb import FIXED_TABLES, ROPES
-from vit_flax.models.vit import MLPS, RAMPS, REMAT, patchify
+from vit_flax.models.vit import MLPS, RAMPS, REMAT
 
 TINY = dict(num_classes=5, patch_size=4, width=16, depth=2, mlp_dim=24, num_heads=2)
 B, H, W, L, D = 3, 8, 12, 2, 16
@@ -369,14 +372,40 @@ def test_remat_equals_plain(everything, remat):
 
 @pytest.mark.parametrize("scan", [True, False])
 def test_remat_recomputes_what_it_says(scan):
-    """Products in the backward pass: "full" repeats those with weights and in the attention, "dots" the latter."""
+    """Products in the backward pass: "full" repeats all, "dots" none, but what the attention itself does not keep."""
 
-    def products(remat):
-        model = tiny(scan=scan, remat=remat)
+    def products(remat, attention):
+        model = tiny(scan=scan, remat=remat, attention_impl=attention)
         jaxpr = jax.make_jaxpr(loss_and_gradients(model))(random_params(model), images())
         return count(jaxpr, "dot_general")
 
-    assert products("none") < products("dots") < products("full")
+    assert products("none", "cpu") == products("dots", "cpu") < products("full", "cpu")
+    assert products("none", "xla") < products("dots", "xla") < products("full", "xla")
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [("float32", "f32"), ("bfloat16", "ui16")])
+def test_on_cpus_the_scan_keeps_a_blocks_input_and_the_results_of_its_products(dtype, stored):
+    """Stacks of other arrays, or of the same one twice, cost a third of a training step; bfloat16 ones are widened."""
+    model = tiny(depth=5, dtype=dtype)
+    step = jax.jit(jax.grad(lambda params, x: jnp.sum(model.apply({"params": params}, x, train=False)[0])))
+    lines = step.lower(random_params(model), images()).as_text().splitlines()
+    loops = [re.findall(r"tensor<5x(3x7x[^>]*|6x7x[^>]*)>", line) for line in lines if "stablehlo.while" in line]
+    input_and_out, query_key_value_and_y, hidden = f"3x7x16x{stored}", f"3x7x2x8x{stored}", f"3x7x24x{stored}"
+    expected = {input_and_out: 2, query_key_value_and_y: 4, hidden: 1, "6x7x1xf32": 1}
+    assert [collections.Counter(loop) for loop in loops] == [expected, expected]
+
+
+def test_remat_auto_is_dots_for_a_scan_on_the_cpu_and_nothing_else(monkeypatch):
+    def program(**fields):
+        model = tiny(**fields, attention_impl="xla")
+        return str(jax.make_jaxpr(loss_and_gradients(model))(random_params(model), images()))
+
+    choices = {scan: {remat: program(scan=scan, remat=remat) for remat in ("none", "dots")} for scan in (True, False)}
+    assert choices[True]["none"] != choices[True]["dots"]
+    assert program(scan=True) == choices[True]["dots"]
+    assert program(scan=False) == choices[False]["none"]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert program(scan=True) == choices[True]["none"]
 
 
 def test_images_equal_the_sequences_cut_from_them(plain):
