@@ -1,0 +1,128 @@
+"""Attention against the equation in float64, in every implementation that runs here."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_flax.models import attend as module
+from vit_flax.models.attend import IMPLEMENTATIONS, attend, attend_with_weights, why_not_cudnn
+
+B, Q, S, K, E = 2, 5, 7, 3, 8
+HERE = [name for name in IMPLEMENTATIONS if name != "cudnn"]
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+
+
+def inputs(dtype="float32", queries=Q, scale=1.0):
+    rng = np.random.default_rng(0)
+    shapes = ((B, queries, K, E), (B, S, K, E), (B, S, K, E), (B, queries, K, E))
+    return [jnp.asarray(scale * rng.standard_normal(shape), dtype) for shape in shapes]
+
+
+def by_the_equation(q, k, v, dy):
+    """Result and gradients of sum(y * dy), head by head, in float64."""
+    q, k, v, dy = (np.asarray(x, np.float64) for x in (q, k, v, dy))
+    y, (dq, dk, dv) = np.zeros_like(q), (np.zeros_like(x) for x in (q, k, v))
+    for b in range(B):
+        for h in range(K):
+            logits = q[b, :, h] @ k[b, :, h].T / np.sqrt(E)
+            weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+            weights /= weights.sum(axis=1, keepdims=True)
+            y[b, :, h] = weights @ v[b, :, h]
+            dweights = dy[b, :, h] @ v[b, :, h].T
+            dlogits = weights * (dweights - (weights * dweights).sum(axis=1, keepdims=True)) / np.sqrt(E)
+            dq[b, :, h], dk[b, :, h], dv[b, :, h] = (
+                dlogits @ k[b, :, h],
+                dlogits.T @ q[b, :, h],
+                weights.T @ dy[b, :, h],
+            )
+    return y, dq, dk, dv
+
+
+def assert_near(got, want, tolerance):
+    for name, a, b in zip(("y", "dq", "dk", "dv"), got, want):
+        difference = np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b)
+        assert difference < tolerance, f"{name}: {difference}"
+
+
+def value_and_gradients(function, q, k, v, dy):
+    y, vjp = jax.vjp(function, q, k, v)
+    return (y, *vjp(dy))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("impl", HERE)
+def test_result_and_gradients_are_those_of_the_equation(impl, dtype):
+    q, k, v, dy = inputs(dtype)
+    with jax.numpy_dtype_promotion("standard"):  # which the backward pass of `jax.nn` needs
+        got = jax.jit(lambda *x: value_and_gradients(lambda q, k, v: attend(q, k, v, impl=impl), *x))(q, k, v, dy)
+    assert {x.dtype for x in got} == {jnp.dtype(dtype)}
+    assert_near(got, by_the_equation(q, k, v, dy), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("impl", HERE)
+def test_one_query_as_of_a_pooling_head(impl):
+    q, k, v, dy = inputs(queries=1)
+    got = value_and_gradients(lambda q, k, v: attend(q, k, v, impl=impl), q, k, v, dy)
+    assert_near(got, by_the_equation(q, k, v, dy), 1e-5)
+
+
+@pytest.mark.parametrize("impl", HERE)
+def test_logits_beyond_the_range_of_exp_overflow_nowhere(impl):
+    q, k, v, dy = inputs(scale=100.0)
+    got = value_and_gradients(lambda q, k, v: attend(q, k, v, impl=impl), q, k, v, dy)
+    assert np.abs(np.einsum("bqke,bske->bkqs", q, k)).max() / np.sqrt(E) > 1e4
+    assert_near(got[:1], by_the_equation(q, k, v, dy)[:1], 1e-5)
+    assert all(np.isfinite(x).all() for x in got)
+
+
+@pytest.mark.parametrize("impl", HERE)
+def test_members_of_a_vmapped_sweep_do_not_mix(impl):
+    members = [inputs(scale=scale) for scale in (0.5, 1.0)]
+    stacked = [jnp.stack(x) for x in zip(*members)]
+    run = lambda *x: value_and_gradients(lambda q, k, v: attend(q, k, v, impl=impl), *x)  # noqa: E731
+    together = jax.vmap(run)(*stacked)
+    for i, member in enumerate(members):
+        assert_near([x[i] for x in together], by_the_equation(*member), 1e-5)
+
+
+def test_the_open_form_shows_the_weights_and_gives_dropout_its_turn():
+    q, k, v, dy = inputs()
+    y, weights = attend_with_weights(q, k, v, dropout=lambda w: w)
+    assert_near([y], by_the_equation(q, k, v, dy), 1e-5)
+    np.testing.assert_allclose(np.einsum("bkqs,bske->bqke", weights, v), y, atol=1e-5)
+    dropped, same = attend_with_weights(q, k, v, dropout=jnp.zeros_like)
+    assert not dropped.any()
+    np.testing.assert_array_equal(same, weights)
+
+
+def test_cudnn_asked_for_by_name_says_why_it_cannot_run():
+    q, k, v, _ = inputs("bfloat16")
+    with pytest.raises(ValueError, match=r"'cudnn' cannot run here: .*the backend is 'cpu'\. Use 'auto' or 'xla'"):
+        attend(q, k, v, impl="cudnn")
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_dim", "words"),
+    [
+        ("8.0", "bfloat16", 64, None),
+        ("9.0", "float16", 128, None),
+        ("7.5", "bfloat16", 64, "compute capability 8.0"),
+        ("gfx90a", "bfloat16", 64, "compute capability 8.0"),
+        ("9.0", "float32", 64, "bfloat16 or float16"),
+        ("9.0", "bfloat16", 60, "multiple of 8"),
+        ("9.0", "bfloat16", 136, "up to 128"),
+    ],
+)
+def test_what_cudnn_can_take(monkeypatch, capability, dtype, head_dim, words):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(compute_capability=capability)])
+    reason = why_not_cudnn(jnp.zeros((1, 2, 1, head_dim), dtype))
+    assert (reason is None) if words is None else (words in reason)
+    chosen = []
+    for name in ("_cpu", "_xla", "_cudnn"):
+        monkeypatch.setattr(module, name, lambda q, k, v, name=name: chosen.append(name) or q)
+    module._auto(*[jnp.zeros((1, 2, 1, head_dim), dtype)] * 3)
+    assert chosen == ["_cudnn" if words is None else "_xla"]
