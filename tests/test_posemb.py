@@ -11,7 +11,7 @@ from vit_flax.models.posemb import FIXED_TABLES, ROPES, LearnedPositions, rotate
 
 GRID = (2, 3)
 PLACES = [(row, column) for row in range(GRID[0]) for column in range(GRID[1])]
-E = 8  # channels of a head
+E = 16  # channels of a head; with 8 the periods are whole numbers, which nothing rounds
 
 # The exponents of the fixed tables: k of `bands`.
 EXPONENTS = {
