@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
         ({}, "/home/me/.cache/vit_flax"),
         ({"XDG_CACHE_HOME": "/xdg"}, "/xdg/vit_flax"),
         ({"XDG_CACHE_HOME": "/xdg", "VIT_FLAX_CACHE_DIR": "/own"}, "/own"),
+        ({"VIT_FLAX_CACHE_DIR": "~/own"}, "/home/me/own"),
         ({"XDG_CACHE_HOME": "", "VIT_FLAX_CACHE_DIR": ""}, "/home/me/.cache/vit_flax"),
     ],
 )
@@ -44,6 +45,7 @@ def settings():
 @pytest.mark.parametrize("unset", [None, ""])
 def test_compiled_programs_are_kept_in_the_cache(unset, settings, monkeypatch):
     monkeypatch.setenv("VIT_FLAX_CACHE_DIR", "/own")
+    monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", raising=False)
     jax.config.update("jax_compilation_cache_dir", unset)
     enable_compilation_cache()
     assert settings() == ("/own/xla", 0.5)
@@ -55,6 +57,15 @@ def test_a_folder_that_jax_was_told_to_use_stays_in_charge(settings, monkeypatch
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 7.0)
     enable_compilation_cache()
     assert settings() == ("/theirs", 7.0)
+
+
+def test_what_jax_was_told_of_the_shortest_compilation_stays_in_charge(settings, monkeypatch):
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "7")
+    monkeypatch.setenv("VIT_FLAX_CACHE_DIR", "/own")
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 7.0)  # as JAX does when it starts
+    enable_compilation_cache()
+    assert settings() == ("/own/xla", 7.0)
 
 
 def test_the_second_start_of_a_job_does_not_compile(tmp_path):

@@ -36,15 +36,8 @@ def rows():
         "tokens": dict(class_token=True, dist_token=True, registers=2),
         "representation": dict(representation_size=9),
     }
-    wrong = {
-        ("tokens", "map"): "keys and values of all tokens are counted, but the pooling reads the patches only",
-        ("representation", "none"): "the tanh layer is counted once, but runs on every token",
-        ("representation", "tok_dist"): "the tanh layer is counted once, but runs on two tokens",
-    }
     for part, pool in itertools.product(parts, POOLS):
-        reason = wrong.get((part, pool))
-        marks = [pytest.mark.xfail(reason=reason)] if reason else []
-        yield pytest.param({**parts[part], "pool": pool}, marks=marks, id=f"{part}-{pool}")
+        yield pytest.param({**parts[part], "pool": pool}, id=f"{part}-{pool}")
     for mlp in MLPS:
         yield pytest.param(dict(mlp=mlp, num_classes=None), id=f"headless-{mlp}")
 

@@ -87,3 +87,9 @@ def test_layouts_are_those_of_the_looped_and_the_scanned_model():
 
     assert jax.eval_shape(stack_blocks, shapes(scan=False)) == shapes(scan=True)
     assert jax.eval_shape(unstack_blocks, shapes(scan=True)) == shapes(scan=False)
+
+
+def test_a_missing_block_is_named():
+    params = {f"block_{i}": {"x": np.zeros(2)} for i in (0, 2)}
+    with pytest.raises(ValueError, match="block_0 to block_1 of a looped model, found block_0, block_2"):
+        stack_blocks(params)

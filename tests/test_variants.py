@@ -66,6 +66,8 @@ def test_a_choice_is_answered_with_the_choices():
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         check_choices(model, pool=["tok"], rope=[None, "eva"])
     check_choices(model, pool=["gap", "tok"], rope=["x"])
+    with pytest.raises(ValueError, match=r"model.rope=\['x'\] is unknown: expected one of 'eva'"):
+        check_choices(SimpleNamespace(rope=["x"]), rope={"eva": 1})
 
 
 PROBABILITIES = ("drop_path", "dropout", "attention_dropout", "head_dropout")
@@ -82,6 +84,7 @@ PROBABILITIES = ("drop_path", "dropout", "attention_dropout", "head_dropout")
             for p in (-0.1, 1.0, 2.0)
         ),
         ({"dropout": float("nan")}, "dropout is a probability below 1, got nan."),
+        *(({"head_dim": size}, f"head_dim must be 1 or more, or None, got {size}.") for size in (0, -8)),
         ({"rope": "eva", "num_heads": 4}, "its dimension must be a multiple of 4, found 6."),
     ],
 )

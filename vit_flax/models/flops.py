@@ -22,10 +22,9 @@ def forward_flops(model: ViT, grid: tuple[int, int], *, channels: int = 3) -> fl
     block = n * (4 * d * inner + layers_of_mlp * d * model.mlp_dim) + 2 * n * n * inner
     products = patches * ph * pw * channels * d + model.depth * block
     if model.pool == "map":
-        products += n * 2 * d * inner + 2 * d * inner + 2 * n * inner + layers_of_mlp * d * model.mlp_dim
-    features = d * (2 if model.pool == "tok_gap" else 1)
+        products += 2 * (patches + 1) * d * inner + 2 * patches * inner + layers_of_mlp * d * model.mlp_dim
+    pooled, features = {"tok_dist": 2, "none": n}.get(model.pool, 1), d * (2 if model.pool == "tok_gap" else 1)
     if model.representation_size is not None:
-        products += features * model.representation_size
+        products += pooled * features * model.representation_size
         features = model.representation_size
-    heads = {"tok_dist": 2, "none": n}.get(model.pool, 1)
-    return 2.0 * (products + heads * features * (model.num_classes or 0))
+    return 2.0 * (products + pooled * features * (model.num_classes or 0))

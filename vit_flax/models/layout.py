@@ -13,10 +13,15 @@ from vit_flax.typing import PyTree
 
 
 def stack_blocks(params: Mapping[str, Any]) -> dict[str, PyTree]:
-    """The parameters of a looped model as those of the scanned one; stacked ones come back as they are."""
+    """The parameters of a looped model as those of the scanned one; stacked ones come back as they are.
+
+    Raises: ValueError: a block is missing.
+    """
     names = sorted((n for n in params if re.fullmatch(r"block_\d+", n)), key=lambda n: int(n.split("_")[1]))
     if not names:
         return dict(params)
+    if names != [f"block_{i}" for i in range(len(names))]:
+        raise ValueError(f"Expected block_0 to block_{len(names) - 1} of a looped model, found {', '.join(names)}.")
     rest = {n: leaf for n, leaf in params.items() if n not in names}
     return {**rest, "blocks": jax.tree.map(lambda *leaves: _stack(leaves), *(params[n] for n in names))}
 

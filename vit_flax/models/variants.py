@@ -64,7 +64,7 @@ def check_fields(given: Iterable[str], known: Iterable[str]) -> None:
 def check_choices(model: Any, **choices: Iterable[Any]) -> None:
     """Raises a ValueError for a field of the model that is none of its choices."""
     for name, allowed in choices.items():
-        if getattr(model, name) not in allowed:
+        if getattr(model, name) not in [*allowed]:  # a list: the value may be anything, also unhashable
             names = ", ".join(map(repr, allowed))
             raise ValueError(f"model.{name}={getattr(model, name)!r} is unknown: expected one of {names}.")
 
@@ -79,6 +79,8 @@ def check_sizes(model: Any) -> None:
         raise ValueError(f"model.patch_size is one side or (height, width) of 1 or more, got {model.patch_size}.")
     if model.registers < 0:
         raise ValueError(f"model.registers must be 0 or more, got {model.registers}.")
+    if model.head_dim is not None and model.head_dim < 1:
+        raise ValueError(f"model.head_dim must be 1 or more, or None, got {model.head_dim}.")
     if model.head_dim is None and model.width % model.num_heads:
         raise ValueError(
             f"model.num_heads={model.num_heads} must divide model.width={model.width}, or model.head_dim must be given."
