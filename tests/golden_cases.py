@@ -10,7 +10,7 @@ import numpy as np
 from vit_flax.convert import Pretrained
 from vit_flax.convert.source import read_safetensors
 from vit_flax.models import ViT
-from vit_flax.models.vit import patchify
+from vit_flax.models.patches import patchify
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = 1e-5  # of float32 outputs of size 1

@@ -62,9 +62,8 @@ def attention_pooling(x, params):
     weights = np.exp(np.einsum("ke,bnke->bnk", q, k) / np.sqrt(E))
     attended = np.einsum("bnk,bnke->bke", weights / weights.sum(1, keepdims=True), v)
     y = np.einsum("bke,ked->bd", attended, attention["out"]["kernel"]) + attention["out"]["bias"]
-    z = (y - y.mean(1, keepdims=True)) / np.sqrt(y.var(1, keepdims=True) + 1e-6) * p["norm"]["scale"] + p["norm"][
-        "bias"
-    ]
+    z = (y - y.mean(1, keepdims=True)) / np.sqrt(y.var(1, keepdims=True) + 1e-6)
+    z = z * p["norm"]["scale"] + p["norm"]["bias"]
     hidden = np.tanh(z @ mlp["fc1"]["kernel"] + mlp["fc1"]["bias"])
     return y + hidden @ mlp["fc2"]["kernel"] + mlp["fc2"]["bias"]
 

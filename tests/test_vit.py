@@ -372,15 +372,21 @@ def test_remat_equals_plain(everything, remat):
 
 @pytest.mark.parametrize("scan", [True, False])
 def test_remat_recomputes_what_it_says(scan):
-    """Products in the backward pass: "full" repeats all, "dots" none, but what the attention itself does not keep."""
+    """Products in the backward pass: "full" repeats all, "dots" that of queries and keys where no sums were kept."""
 
-    def products(remat, attention):
-        model = tiny(scan=scan, remat=remat, attention_impl=attention)
+    def products(remat, **fields):
+        model = tiny(scan=scan, remat=remat, **fields)
         jaxpr = jax.make_jaxpr(loss_and_gradients(model))(random_params(model), images())
         return count(jaxpr, "dot_general")
 
-    assert products("none", "cpu") == products("dots", "cpu") < products("full", "cpu")
-    assert products("none", "xla") < products("dots", "xla") < products("full", "xla")
+    blocks = 1 if scan else L  # in the program
+    for fields, repeated in (
+        ({"attention_impl": "cpu"}, 0),
+        ({"attention_impl": "xla"}, 1),
+        ({"return_attention": True}, 1),
+    ):
+        assert products("dots", **fields) - products("none", **fields) == repeated * blocks, fields
+        assert products("full", **fields) - products("none", **fields) > 5 * blocks, fields
 
 
 @pytest.mark.parametrize(("dtype", "stored"), [("float32", "f32"), ("bfloat16", "ui16")])
@@ -419,13 +425,6 @@ def test_images_equal_the_sequences_cut_from_them(plain):
     )
     assert_close(patchify(x, 4)[0], patches, tol=0)
     assert_close(apply(params, patches), apply(params, x))
-
-
-def test_rectangular_patches_are_cut_row_by_row():
-    x = images()
-    patches, grid = patchify(x, (2, 6))
-    assert grid == (4, 2)
-    assert_close(patches[1, 3], x[1, 2:4, 6:12].ravel(), tol=0)
 
 
 @pytest.mark.parametrize("fields", [{"posemb": "sincos2d"}, {"posemb": "none", "rope": "dinov3"}])
@@ -717,44 +716,12 @@ def test_qk_norm_makes_the_scale_of_queries_irrelevant():
 # Errors.
 
 
-@pytest.mark.parametrize(
-    ("shape", "patch", "words"),
-    [((1, 30, 32, 3), 8, ["8x8", "30x32", "32x32"]), ((1, 32, 30, 3), (8, 16), ["8x16", "32x30", "32x32"])],
-)
-def test_a_patch_that_does_not_divide_the_image_is_named(shape, patch, words):
-    with pytest.raises(ValueError, match="does not divide") as error:
-        patchify(jnp.zeros(shape), patch)
-    assert all(word in str(error.value) for word in words)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: patchify(jnp.zeros((1, 6, 48)), 4, needs_grid=True), "6 patches is no square"),
-        (lambda: patchify(jnp.zeros((1, 6, 48)), 4, (2, 2)), "holds 4 patches, but the sequence has 6"),
-        (lambda: patchify(jnp.zeros((1, 8, 12, 3)), 4, (3, 2)), r"grid=\(3, 2\) was given.*\(2, 3\)"),
-        (lambda: patchify(jnp.zeros((8, 12, 3)), 4), "needs a batch axis"),
-    ],
-)
-def test_a_wrong_grid_is_named(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
 def test_a_sequence_of_unknown_grid_is_refused_where_positions_need_it():
     patches = jnp.zeros((1, 6, 48))
     for fields in ({"posemb": "sincos2d"}, {"posemb": "none", "rope": "eva"}):
         with pytest.raises(ValueError, match="no square"):
             jax.eval_shape(partial(tiny(**fields).init, train=False), jax.random.key(0), patches)
     jax.eval_shape(partial(tiny().init, train=False), jax.random.key(0), patches)
-
-
-def test_pixels_must_be_floating_point_numbers(monkeypatch):
-    from jaxtyping import config
-
-    monkeypatch.setattr(config, "jaxtyping_disable", True)  # as in a user's program
-    with pytest.raises(TypeError, match="found uint8"):
-        patchify(jnp.zeros((1, 8, 8, 3), jnp.uint8), 4)
 
 
 @pytest.mark.parametrize(

@@ -371,7 +371,10 @@ class Block(nn.Module):
         self, x: Float[Array, "b n d"], drop_rate: Float[Array, ""] | None, rotation: Rotation | None
     ) -> tuple[Float[Array, "b n d"], dict[str, Array]]:
         """Returns the tokens and what the two branches added to them."""
-        out, x = {}, saved(x)
+        out: dict[str, Array] = {}
+        x = saved(
+            x
+        )  # the input too: JAX would keep it as it comes, which for bfloat16 on CPUs is not the form of `keep`
         y, weights = self.attention(name="attention")(self.norm(name="norm1")(x), rotation=rotation)
         out["attention"] = self._branch(y, drop_rate, "layer_scale1")
         x = x + out["attention"]
