@@ -68,6 +68,24 @@ def test_kept_pictures_are_decoded_too():
         encode_picture(picture(60, 40)[:-100], "the one", short_side_px=100, quality=90)
 
 
+def test_only_one_process_writes_a_folder(folder, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    code = (
+        f"import fcntl, os; fcntl.flock(os.open({str(out)!r}, os.O_RDONLY), fcntl.LOCK_EX); print(flush=True); input()"
+    )
+    arguments = dict(splits=["val"], out=out, short_side_px=20, num_workers=1)
+    source = {"name": "folder", "root": folder}
+    with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True) as other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match="another process"):
+            prepare(source, **arguments)
+        assert not any(out.iterdir())
+        other.communicate("\n")
+    assert prepare(source, **arguments) == out
+    assert len(make_source(name="records", directory=out, split="val")) == 4
+
+
 def test_command(folder, tmp_path, capsys):
     words = ["--source", "folder", f"root={folder}", "--splits", "train", "val", "--short_side_px", "20"]
     words += ["--out", str(tmp_path / "out"), "--num_workers", "2"]

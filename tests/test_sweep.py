@@ -11,8 +11,9 @@ from rich.console import Console
 from tests.helpers import tiny_config
 from vit_flax.config import ConfigError
 from vit_flax.sweep import __main__, results, run
+from vit_flax.sweep.check import check
 from vit_flax.sweep.page import write_page
-from vit_flax.sweep.points import Sweep, expand, load_sweep, point_name
+from vit_flax.sweep.points import Sweep, expand, load_sweep, point_name, suggested
 from vit_flax.workdir import lock
 
 ROOT = Path(__file__).parent.parent
@@ -48,7 +49,10 @@ def test_names_say_what_varies():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([{"optim.ler": 1}], r"no key 'optim\.ler'\. Did you mean 'optim\.lr'\?"),
+        ([{"optm.lr": 1}], r"no key 'optm\.lr'\. Did you mean 'optim\.lr'\?"),
+        ([{"optim.lr.x": 1}], r"no key 'optim\.lr\.x'"),
+        ([{"evals.test": 1}], r"no key 'evals\.test'"),
+        ([{"sinks": {}}], r"no key 'sinks'.*A section that it leaves out"),
         ([{"optim.lr": "high"}], "high"),
         ([{"run.seed": 1}, {"run.seed": 2}, {"run.seed": 1}], "points 0 and 2 are the same"),
         ([], "no points"),
@@ -57,6 +61,27 @@ def test_names_say_what_varies():
 def test_bad_sweeps(overrides, message):
     with pytest.raises(ConfigError, match=message):
         make(overrides)
+
+
+def test_keys_that_the_base_leaves_at_their_defaults(tmp_path):
+    sweep = make([{}, {"optim.b1": 0.8}, {"optim.b1": 0.7, "model.dropout": 0.1}])
+    assert [point.name for point in sweep.points] == [
+        "b1=default,dropout=default",
+        "b1=0.8,dropout=default",
+        "b1=0.7,dropout=0.1",
+    ]
+    assert sweep.points[2].config["optim"]["b1"] == 0.7
+    assert "b1" not in sweep.points[0].config["optim"]
+    assert check(sweep.path, sweep.points) == [2, 2, 2]
+    rows = results.collect(tmp_path, sweep)
+    assert [row.values["optim.b1"] for row in rows] == ["default", 0.8, 0.7]
+    assert suggested(sweep.base, {"optim.b1": 0.8}, 0, where="trial 0").name == "b1=0.8"
+
+
+def test_keys_that_nobody_has_are_found_before_the_first_point_starts():
+    points = make([{"run.seed": 0}, {"optim.ler": 1.0}]).points
+    with pytest.raises(ConfigError, match=r"point 1 .*unknown key optim\.ler: did you mean optim\.lr\?"):
+        check(Path("sweep.py"), points)
 
 
 def test_a_failing_point_is_noted_and_the_others_are_kept(tmp_path):
@@ -106,7 +131,7 @@ def test_bad_sweep_files(tmp_path, content, message):
         (SWEEP, ["--search", "halving", "--min_steps", "100000"], "--min_steps=100000: expected 1 to 824"),
         (SWEEP, ["--jobs", "0"], "--jobs=0"),
         (SWEEP, ["--point", "1"], "--point=1"),
-        (SUGGEST.replace("optim.lr", "optim.ler"), ["--trials", "3"], "Did you mean 'optim.lr'?"),
+        (SUGGEST.replace("optim.lr", "optim.ler"), ["--trials", "3"], "did you mean optim.lr?"),
         (SUGGEST.replace("1e-4", "1"), ["--trials", "3"], "suggest(trial) for trial 0: ValueError"),
     ],
 )

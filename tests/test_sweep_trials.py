@@ -140,12 +140,12 @@ def test_an_interrupted_trial_stays_open(tmp_path):
 
 def test_what_suggest_does_wrong_is_named(tmp_path):
     def unknown(trial):
-        return {"optim.ler": 1.0}
+        return {"optm.lr": 1.0}
 
     def broken(trial):
         return {"optim.lr": 1 / 0}
 
-    with pytest.raises(ConfigError, match=r"suggest\(trial\) for trial 0: the base has no key 'optim.ler'"):
+    with pytest.raises(ConfigError, match=r"suggest\(trial\) for trial 0: the base has no key 'optm.lr'"):
         Trials(make(unknown), None, count=1, seed=0).next()
     with pytest.raises(ConfigError, match="for trial 0: ZeroDivisionError"):
         Trials(make(broken), None, count=1, seed=0).next()

@@ -9,6 +9,8 @@ command again to go on after an interruption.
 
 import argparse
 import concurrent.futures
+import contextlib
+import fcntl
 import functools
 import hashlib
 import io
@@ -61,7 +63,7 @@ def prepare(
     Returns: the folder.
 
     Raises:
-      ValueError: bad arguments, or `out` holds something else.
+      ValueError: bad arguments, `out` holds something else, or another process is writing it.
       DecodeError: a picture that cannot be read; it is named. The finished shards stay, so little is done twice.
     """
     if short_side_px is not None and short_side_px < 1:
@@ -80,17 +82,19 @@ def prepare(
         "quality": quality,
         "on_error": on_error,
     }
-    if not _begin(directory, plan):
-        return directory
-    shards = {split: _shards(split, len(opened)) for split, opened in sources.items()}
-    encode = functools.partial(encode_picture, short_side_px=short_side_px, quality=quality)
-    jobs = [
-        (sources[split], directory / name, rows, encode, on_error)
-        for split, parts in shards.items()
-        for name, rows in parts.items()
-    ]
-    _run(jobs, num_workers or workers.num_cores())
-    _finish(directory, plan, shards)
+    directory.mkdir(parents=True, exist_ok=True)
+    with _alone(directory):
+        if not _begin(directory, plan):
+            return directory
+        shards = {split: _shards(split, len(opened)) for split, opened in sources.items()}
+        encode = functools.partial(encode_picture, short_side_px=short_side_px, quality=quality)
+        jobs = [
+            (sources[split], directory / name, rows, encode, on_error)
+            for split, parts in shards.items()
+            for name, rows in parts.items()
+        ]
+        _run(jobs, num_workers or workers.num_cores())
+        _finish(directory, plan, shards)
     return directory
 
 
@@ -130,9 +134,26 @@ def _common_classes(sources: Mapping[str, Source]) -> list[str]:
     return list(next(iter(classes.values())))
 
 
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Holds the folder for this process: two that write the same shards would spoil each other's."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{directory} is being written by another process; wait for it, stop it, or choose another folder"
+            ) from None
+        except OSError:
+            pass  # a file system that has no such locks
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _begin(directory: Path, plan: dict[str, Any]) -> bool:
     """Writes the plan down, or compares it with the one that is there. False: everything is done already."""
-    directory.mkdir(parents=True, exist_ok=True)
     for file in (records.INDEX, PLAN):
         if (directory / file).exists():
             there = json.loads((directory / file).read_text(encoding="utf-8"))

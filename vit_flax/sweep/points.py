@@ -16,7 +16,7 @@ import difflib
 import hashlib
 import re
 import runpy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 
 from vit_flax.config import ConfigError, flatten
 
+DEFAULT = "default"  # stands for the value of a key that neither a point nor the base sets
 MAX_NAME = 200  # characters; file systems allow 255 in the name of a folder
 
 
@@ -74,7 +75,8 @@ def load_sweep(path: str | Path) -> Sweep:
     """Reads a sweep file and expands it.
 
     Raises: ConfigError: the file or its base is not there or lacks a part; it has both `sweep` and `suggest`; a point
-      overrides a key that the base does not have, or with a value of another type; two points are the same.
+      overrides a key of a section that the base does not have, or a key with a value of another type; two points are
+      the same.
     """
     path = Path(path)
     module = _run(path, "the sweep")
@@ -133,17 +135,21 @@ def expand(base: ConfigDict, overrides: Iterable[Mapping[str, Any]], *, where: s
     if not all_overrides:
         raise ConfigError(f"{where}: the sweep has no points.")
     configs = [_override(base, point, f"{where}, point {i}") for i, point in enumerate(all_overrides)]
-    flat = [flatten(config) for config in configs]
-    varying = [
-        k for k in dict.fromkeys(k for point in all_overrides for k in point) if len({repr(f[k]) for f in flat}) > 1
-    ]
-    names = [point_name({key: config[key] for key in varying}) for config in flat]
+    names = [point_name(values) for values in varying(all_overrides, configs)]
     seen: dict[str, int] = {}
     for i, name in enumerate(names):
         if name in seen:
             raise ConfigError(f"{where}: points {seen[name]} and {i} are the same experiment ({name}).")
         seen[name] = i
     return tuple(Point(i, n, o, c) for i, (n, o, c) in enumerate(zip(names, all_overrides, configs)))
+
+
+def varying(overrides: Sequence[Mapping[str, Any]], configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """For each point, the values of the overridden keys that not all points share; `DEFAULT` where it has none."""
+    flat = [flatten(config) for config in configs]
+    keys = dict.fromkeys(key for point in overrides for key in point)
+    several = [key for key in keys if len({repr(config.get(key, DEFAULT)) for config in flat}) > 1]
+    return [{key: config.get(key, DEFAULT) for key in several} for config in flat]
 
 
 def suggested(base: ConfigDict, overrides: Mapping[str, Any], number: int, *, where: str) -> Point:
@@ -153,25 +159,38 @@ def suggested(base: ConfigDict, overrides: Mapping[str, Any], number: int, *, wh
     """
     config = _override(base, overrides, where)
     flat, before = flatten(config), flatten(base.to_dict())
-    values = {key: flat[key] for key in overrides if repr(flat[key]) != repr(before[key])}
+    values = {key: flat[key] for key in overrides if key not in before or repr(flat[key]) != repr(before[key])}
     return Point(number, point_name(values) if values else "base", dict(overrides), config)
 
 
 def _override(base: ConfigDict, overrides: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The base with the overrides in it. A key of one of its sections that it leaves at its default may be one of them;
+    whether there is such a key is for `check` to say, which knows the signatures.
+    """
+    config = ConfigDict(base.to_dict())
     known = flatten(base.to_dict())
-    for key in overrides:
-        if key not in known:
+    added = {}
+    for key, value in overrides.items():
+        if key in known:
+            continue
+        *sections, name = key.split(".")
+        section: Any = config
+        for part in sections:
+            section = section.get(part) if isinstance(section, ConfigDict) else None
+        if not (sections and isinstance(section, ConfigDict)) or name in section:
             near = difflib.get_close_matches(key, known, n=1)
             raise ConfigError(
                 f"{where}: the base has no key {key!r}."
                 + (f" Did you mean {near[0]!r}?" if near else "")
-                + " A key that it leaves at its default has to be written into the file first."
+                + " A section that it leaves out has to be written into the file first."
             )
-    config = ConfigDict(base.to_dict()).lock()
+        added[key] = value
     try:
-        config.update_from_flattened_dict(dict(overrides))
+        config.lock().update_from_flattened_dict({k: v for k, v in overrides.items() if k not in added})
     except TypeError as error:
         raise ConfigError(f"{where}: {error}") from error
+    with config.unlocked():
+        config.update_from_flattened_dict(added)
     return config.to_dict()
 
 

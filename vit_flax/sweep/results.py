@@ -13,9 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vit_flax.config import flatten
 from vit_flax.files import write_atomically
-from vit_flax.sweep.points import Sweep, point_name
+from vit_flax.sweep.points import Sweep, point_name, varying
 from vit_flax.sweep.run import point_workdir, read_result
 
 SEED = "run.seed"
@@ -51,17 +50,14 @@ class Row:
 
 def collect(workdir: Path, sweep: Sweep) -> list[Row]:
     """A row for each point, in the order of the sweep."""
-    flat = [flatten(point.config) for point in sweep.points]
-    varying = [
-        k for k in dict.fromkeys(k for p in sweep.points for k in p.overrides) if len({repr(f[k]) for f in flat}) > 1
-    ]
+    values = varying([point.overrides for point in sweep.points], [point.config for point in sweep.points])
     rows = []
-    for point, config in zip(sweep.points, flat):
+    for point, own in zip(sweep.points, values):
         result = read_result(point_workdir(workdir, point)) or {"status": "pending"}
         rows.append(
             Row(
                 name=point.name,
-                values={k: json.dumps(config[k]) if isinstance(config[k], list) else config[k] for k in varying},
+                values={k: json.dumps(v) if isinstance(v, list) else v for k, v in own.items()},
                 status=result["status"],
                 step=result.get("step"),
                 metrics=result.get("metrics") or {},
