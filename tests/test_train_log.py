@@ -47,7 +47,7 @@ def metrics(step):
     return {"loss": jnp.float32(1 / step), "top1": jnp.float32(step)}
 
 
-def run(log, clock, steps, secs=2.0, waited=0.5):
+def run(log, clock, steps, secs=2.0, waited=0.5, metrics=metrics):
     for step in steps:
         clock[0] += secs
         log(step, metrics(step), waited)
@@ -106,17 +106,20 @@ def test_learning_rate_is_that_of_the_last_step(clock):
 
 @pytest.mark.parametrize("cut", range(1, 10))
 def test_a_resumed_run_writes_what_an_uninterrupted_one_does(clock, cut):
+    def metrics(step):  # two steps and a whole interval are not finite
+        return {"loss": jnp.float32(np.nan if step in (2, 3, 7, 8, 9) else 1 / step), "top1": jnp.float32(step)}
+
     def numbers(lines):
         return [{k: v for k, v in line.items() if k not in train_log.CLOCK} for line in lines]
 
     whole, expected = make_log()
-    run(whole, clock, range(1, 11))
+    run(whole, clock, range(1, 11), metrics=metrics)
     whole.flush()
     first, lines = make_log()
-    run(first, clock, range(1, cut + 1))
+    run(first, clock, range(1, cut + 1), metrics=metrics)
     left = json.loads(json.dumps(first.open_interval()))
     second, more = make_log(start_step=cut, open_interval=left)
-    run(second, clock, range(cut + 1, 11))
+    run(second, clock, range(cut + 1, 11), metrics=metrics)
     clock[0] += 2.0
     second.flush()
     assert numbers(lines + more) == numbers(expected)
@@ -131,14 +134,16 @@ def test_what_is_kept_does_not_change_afterwards(clock):
     before = json.dumps(left)
     run(log, clock, [3, 4])
     assert json.dumps(left) == before
-    assert left["count"] == 2
+    assert left["loss"][1] == 2
 
 
-def test_not_finite_numbers_become_null(clock):
+def test_a_step_that_is_not_finite_leaves_the_averages_of_the_others(clock):
     log, lines = make_log()
-    for step in (1, 2, 3, 4):
-        log(step, {"loss": jnp.float32(np.nan if step == 2 else 1.0)}, 0.0)
-    assert lines[0]["train/loss"] is None
+    for step in range(1, 8):
+        bad = step in (2, 4, 5, 6)
+        log(step, {"loss": jnp.float32(np.nan if bad else step), "skipped": jnp.int32(bad)}, 0.0)
+    assert [line["train/loss"] for line in lines] == [2.0, None]
+    assert [line["train/skipped"] for line in lines] == [pytest.approx(1 / 3), 1.0]
 
 
 def test_device_memory_where_the_backend_reports_it(monkeypatch):

@@ -1,4 +1,4 @@
-"""What the steps return, averaged over intervals and written with the speed of the run.
+"""What the steps return, averaged over intervals (of what is finite) and written with the speed of the run.
 
 The numbers of an interval are fetched only once the step after it has been dispatched, so the device never waits for
 the host. An interval that a checkpoint falls into is kept with it, so that a run which goes on from there writes the
@@ -49,9 +49,9 @@ class TrainLog:
         self._writer, self._every, self._batch, self._total = writer, every_steps, batch_size, total_steps
         self._start, self._lr = start_step, learning_rates
         self._mfu_per_rate = mfu_per_image_per_sec
-        before = open_interval or {"count": 0, "sums": {}}
-        self._sums: dict[str, float] = dict(before["sums"])
-        self._count, self._timed = before["count"], 0
+        # Name -> sum of the finite values, and how many there were.
+        self._sums: dict[str, tuple[float, int]] = {k: tuple(v) for k, v in (open_interval or {}).items()}
+        self._timed = 0
         self._fetch_later: list[Mapping[str, ArrayLike]] = []
         self._due: int | None = None
         self._waited_secs = 0.0
@@ -78,9 +78,9 @@ class TrainLog:
         self._fetch()
         now = time.perf_counter()
         secs, self._since = max(now - self._since, 1e-9), now
-        means = {name: total / self._count for name, total in self._sums.items()}
+        means = {name: total / count if count else math.nan for name, (total, count) in self._sums.items()}
         self.last = means | self._at(step) | self._speed(self._timed * self._batch / secs, secs)
-        self._sums, self._count, self._timed, self._waited_secs = {}, 0, 0, 0.0
+        self._sums, self._timed, self._waited_secs = {}, 0, 0.0
         self._writer.write(step, {f"train/{name}": value for name, value in self.last.items()})
         self._writer.progress(step, self._line(step, now))
 
@@ -88,7 +88,7 @@ class TrainLog:
         """The steps since the last line, for the process that goes on from here; JSON values."""
         self.flush()
         self._fetch()
-        return {"count": self._count, "sums": dict(self._sums)}
+        return dict(self._sums)
 
     def exclude(self, secs: float) -> None:
         """Leaves time spent on something else, such as an evaluation, out of the throughput."""
@@ -101,8 +101,9 @@ class TrainLog:
         self._fetch_later = []
         for step in values:
             for name, value in step.items():
-                self._sums[name] = self._sums.get(name, 0.0) + float(value)
-        self._count += len(values)
+                total, count = self._sums.get(name, (0.0, 0))
+                # What is not finite belongs to a step that changed nothing, and is reported apart.
+                self._sums[name] = (total + float(value), count + 1) if math.isfinite(value) else (total, count)
 
     def _at(self, step: int) -> dict[str, float]:
         return {} if self._lr is None else {"lr": float(self._lr[step - 1])}
