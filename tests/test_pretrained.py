@@ -270,6 +270,15 @@ def test_parameters_of_no_model_are_not_written(params, pretrained, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("family", ["hf", "timm", "npz", "vit_flax"])
+def test_parameters_that_are_not_finite_are_not_written(family, pretrained, tmp_path):
+    params = jax.tree.map(np.array, pretrained.params)
+    params["head"]["kernel"][1, 2] = np.nan
+    with pytest.raises(ValueError, match=r"not finite: head/kernel\. Write an earlier"):
+        save_pretrained(tmp_path / "out", pretrained.model, params, family=family)
+    assert not (tmp_path / "out").exists()
+
+
 def test_written_files_are_for_all_whom_the_umask_lets(pretrained, tmp_path):
     path = save_pretrained(tmp_path / "hf", pretrained.model, pretrained.params, family="hf")
     (tmp_path / "usual").touch()

@@ -38,7 +38,24 @@ def test_file_and_folder_are_fetched_loaded_and_removed(tmp_path):
     assert load_pretrained("memory://bucket/own").report.family == "vit_flax"
     del fetched
     gc.collect()
-    assert not where.parent.exists()
+    assert not where.exists()
+
+
+def test_a_file_comes_with_what_is_needed_to_read_it(tmp_path):
+    save_pretrained(tmp_path / "own", *_model(), family="vit_flax")
+    (tmp_path / "own" / "other.safetensors").write_bytes(b"large")
+    put(tmp_path / "own", at="/bucket/two")
+    fetched = remote.fetch("memory://bucket/two/model.safetensors", beside=["config.json", "none.json"])
+    assert sorted(file.name for file in Path(fetched.path).parent.iterdir()) == ["config.json", "model.safetensors"]
+    assert load_pretrained("memory://bucket/two/model.safetensors").report.family == "vit_flax"
+
+    shard, index = tmp_path / "model.safetensors.index.json", tmp_path / "own" / "other.safetensors"
+    index.rename(tmp_path / "own" / "shard.safetensors")
+    shard.write_text('{"weight_map": {"a": "shard.safetensors"}}')
+    put(shard, at="/bucket/two")
+    put(tmp_path / "own", at="/bucket/two")
+    fetched = remote.fetch("memory://bucket/two/model.safetensors.index.json")
+    assert (Path(fetched.path).parent / "shard.safetensors").exists()
 
 
 def test_nothing_at_the_address():
@@ -48,19 +65,25 @@ def test_nothing_at_the_address():
 
 def test_hub_addresses_name_repository_revision_and_file(monkeypatch, tmp_path):
     calls = []
-
-    def record(answer):
-        return lambda repository, *file, **arguments: calls.append((repository, *file, arguments)) or str(answer)
-
     save_pretrained(tmp_path / "own", *_model(), family="vit_flax")
-    hub = types.SimpleNamespace(
-        snapshot_download=record(tmp_path / "own"), hf_hub_download=record(tmp_path / "own" / "model.safetensors")
-    )
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    assert load_pretrained("hf://owner/name").report.path == "hf://owner/name"
-    remote.fetch("hf://owner/name@v2/sub/a.safetensors")
-    patterns = {"revision": None, "allow_patterns": ["*.json", "*.safetensors", "*.npz"]}
-    assert calls == [("owner/name", patterns), ("owner/name", "sub/a.safetensors", {"revision": "v2"})]
+
+    def download(repository, **arguments):
+        calls.append((repository, arguments["revision"], arguments["allow_patterns"]))
+        return str(tmp_path / "own")
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=download))
+    for address in ("hf://owner/name", "hf://owner/name/model.safetensors"):
+        assert load_pretrained(address).report.path == address
+    for file in ("sub/a.safetensors", "model.safetensors.index.json"):
+        with pytest.raises(FileNotFoundError, match=f"hf://owner/name@v2/{file}: there is no such file in the repos"):
+            remote.fetch(f"hf://owner/name@v2/{file}", beside=["config.json"])
+    configs = ["config.json", "preprocessor_config.json", "processor_config.json"]
+    assert calls == [
+        ("owner/name", None, ["*.json", "*.safetensors", "*.npz"]),
+        ("owner/name", None, ["model.safetensors", *configs]),
+        ("owner/name", "v2", ["sub/a.safetensors", "sub/config.json"]),
+        ("owner/name", "v2", ["model.safetensors.index.json", "config.json", "*.safetensors"]),
+    ]
 
 
 def _model():

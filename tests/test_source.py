@@ -158,6 +158,11 @@ def test_shards_that_are_missing(weights, tmp_path):
     save_file({"other": weights["second"]}, tmp_path / "2.safetensors")
     with pytest.raises(ValueError, match="'second' is not in the shard that the index names"):
         open_source(tmp_path)
+    for outside in ("../1.safetensors", str(tmp_path / "1.safetensors")):
+        index.write_text(json.dumps({"weight_map": {"first.weight": outside}}))
+        for read in (open_source, weight_files):
+            with pytest.raises(ValueError, match=r"1\.safetensors' is not below the folder of the index"):
+                read(tmp_path)
     index.write_text("{}")
     with pytest.raises(ValueError, match=r"index\.json: expected a table 'weight_map'"):
         open_source(tmp_path)

@@ -56,7 +56,8 @@ def save_pretrained(
 
     Raises:
       FileExistsError: there is something at `directory` already.
-      ValueError: the target cannot express the model; every reason is listed. Nothing was written.
+      ValueError: the target cannot express the model; every reason is listed. Or a parameter is not finite. Nothing was
+        written.
     """
     directory = Path(directory).expanduser()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -83,6 +84,10 @@ def _outgoing(
         raise ValueError(
             "The parameters are not those of a ViT: there is no patch_embed/kernel, only "
             f"{sorted(flat)[:5]}. Give the tree below 'params'."
+        )
+    if bad := [p for p, w in flat.items() if not np.isfinite(w).all()]:
+        raise ValueError(
+            f"These parameters have numbers that are not finite: {', '.join(bad[:10])}. Write an earlier checkpoint."
         )
     ph, pw = (model.patch_size, model.patch_size) if isinstance(model.patch_size, int) else model.patch_size
     channels = flat["patch_embed/kernel"].shape[0] // (ph * pw)

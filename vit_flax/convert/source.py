@@ -103,7 +103,7 @@ def open_source(path: str | Path) -> Source:
       ValueError: the file is truncated, pickled or of another format; the message names the file and the remedy.
     """
     if "://" in str(path):
-        folder = fetch(str(path))
+        folder = fetch(str(path), beside=(CONFIG, PREPROCESSOR, PROCESSOR))
         return _open_local(Path(folder.path), name=str(path), keep_alive=folder)
     from vit_flax.convert.workdir import is_workdir, open_workdir
 
@@ -179,6 +179,11 @@ def _read_index(index: Path) -> dict[str, str]:
     files = _read_json(index).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
         raise ValueError(f"{index}: expected a table 'weight_map' from tensors to files. Fetch the file again.")
+    for name in files.values():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(
+                f"{index}: the shard {name!r} is not below the folder of the index: do not trust this file."
+            )
     return files
 
 
