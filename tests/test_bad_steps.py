@@ -56,7 +56,8 @@ def test_ends_the_run_after_too_many_in_a_row(tmp_path):
     for step in (7, 8, 9):
         bad_steps(step, batch(step), metrics(step - 6))
     with pytest.raises(
-        Diverged, match=r"3 steps in a row, up to step 9, were not finite .*\n.*run\.dump_bad_batches=3"
+        Diverged,
+        match=r"3 steps in a row, up to step 9, were not finite .*\n.*another --workdir.*run\.dump_bad_batches=3",
     ):
         bad_steps(10, batch(10), metrics(0))
 

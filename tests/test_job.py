@@ -1,6 +1,7 @@
 """That what a config says reaches the step, the log and the evaluations."""
 
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from tests.helpers import csv_rows, metrics_lines, tiny_config
 from vit_flax import job as job_module
 from vit_flax import train_log
-from vit_flax.config import ConfigError
+from vit_flax.config import ConfigError, in_steps
 from vit_flax.job import build
 from vit_flax.optim import eval_params
 from vit_flax.signals import StopSignal
@@ -112,6 +113,15 @@ def schedule_free():
     config.optim = dict(name="schedule_free", lr=0.05, weight_decay=0.0, schedule="constant")
     config.evals.test.every_steps = 0
     return config
+
+
+@pytest.mark.parametrize("steps_per_epoch", [22.47, 1437 / 64, 7.0, 0.3, 1e-3, 1 / 3])
+@pytest.mark.parametrize(("every", "parts"), [(1.0, 5), (22.0, 5), (0.5, 3), (10.0, 30)])
+def test_what_is_due_at_the_end_is_not_due_just_before_it(every, parts, steps_per_epoch):
+    total = in_steps("run", {"total_epochs": every * parts}, steps_per_epoch)["total_steps"]
+    distance = in_steps("checkpoint", {"every_epochs": every}, steps_per_epoch)["every_steps"]
+    assert distance == max(1, math.ceil(round(every * steps_per_epoch, 3)))
+    assert math.ceil(total / distance) <= parts
 
 
 def test_schedule_free_is_evaluated_at_its_average(tmp_path):

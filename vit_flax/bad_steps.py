@@ -55,7 +55,7 @@ class BadSteps:
         if in_a_row >= self._max_in_a_row:
             raise Diverged(
                 f"{in_a_row} steps in a row, up to step {step}, were not finite ({reason}), and changed nothing.\n"
-                "Lower optim.lr or optim.clip_norm, or look at the data. "
+                "Lower optim.lr or optim.clip_norm, in another --workdir, or look at the data. "
                 + (
                     f"The batches are in {self._folder}: numpy.load(file)['image']."
                     if self._dumping

@@ -153,7 +153,10 @@ def _fits(value: Any, annotation: Any) -> bool:
 
 
 def in_steps(name: str, section: Mapping[str, Any], steps_per_epoch: float) -> dict[str, Any]:
-    """The section with every duration `<x>_epochs` turned into `<x>_steps`.
+    """The section with every duration `<x>_epochs` turned into `<x>_steps`, to the nearest step.
+
+    Distances (`every_epochs`) are rounded up, so that n of them do not end a step or two before n times as many epochs:
+    what is due at the end of a run would be done twice.
 
     Raises: ConfigError: one duration given in both units, or one that is no number of epochs.
     """
@@ -165,7 +168,9 @@ def in_steps(name: str, section: Mapping[str, Any], steps_per_epoch: float) -> d
                 raise ConfigError(f"{name} gives both {key} and {steps}: remove one of them.")
             if not (value is None or NOT_NEGATIVE.allows(value)):
                 raise ConfigError(f"{name}.{key}={value!r}: expected {NOT_NEGATIVE.expected}, in epochs.")
-            out[steps] = None if value is None else max(1, round(value * steps_per_epoch)) if value else 0
+            exact = (value or 0) * steps_per_epoch
+            number = math.ceil(exact - 1e-6) if key == "every_epochs" else round(exact)
+            out[steps] = None if value is None else max(1, number) if value else 0
         else:
             out[key] = value
     return out
