@@ -1,6 +1,7 @@
 """`configs/folder.py`, the config for a folder of one's own pictures."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from configs import folder
 from vit_flax import train
 from vit_flax.config import ConfigError
 from vit_flax.job import build
+from vit_flax.trainer import evaluate
 
 
 def fill(root, classes, num_pictures):
@@ -72,6 +74,20 @@ def test_trains_and_evaluates_and_counts_what_it_skips(tmp_path, caplog):
     assert sum(skipped) == 1  # one step a line, one epoch
     assert caplog.text.count("the file is empty") >= 2
     assert "1 of" in caplog.text
+
+
+def test_what_is_evaluated_has_the_classes_that_were_trained(tmp_path):
+    pictures = fill(tmp_path / "pictures", ["cat", "dog"], 40)
+    _, results = train(shrunk(pictures), tmp_path / "run")
+    for i in range(40, 60):
+        shutil.copy(pictures / "cat" / "0.jpg", pictures / "cat" / f"{i}.jpg")
+    more = evaluate(shrunk(pictures), tmp_path / "run")  # other pictures: fine
+    assert more["val/count"] > results["val/count"]
+    (pictures / "cat").rename(pictures / "ewe")
+    with pytest.raises(
+        ConfigError, match=r"other classes than the data: 'cat' was where 'dog' is \(2 differ\)\. Put the data back"
+    ):
+        evaluate(shrunk(pictures), tmp_path / "run")
 
 
 def test_a_folder_that_is_not_there():

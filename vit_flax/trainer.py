@@ -12,7 +12,7 @@ from vit_flax import distributed, workdir
 from vit_flax.bad_steps import Diverged
 from vit_flax.checkpoint import CheckpointMismatch, Checkpoints, Restored, SaveFailed, load_params, read_newest
 from vit_flax.checksums import differences, shapes
-from vit_flax.config import Config
+from vit_flax.config import Config, ConfigError
 from vit_flax.job import Job, build
 from vit_flax.optim import keeps_average
 from vit_flax.report import write_report
@@ -205,6 +205,11 @@ def _state_to_evaluate(job: Job, folder: Path) -> tuple[int, TrainState]:
     """What evaluations read of the newest checkpoint: the parameters, and the optimiser where it keeps the average."""
     saved = load_params(folder)
     workdir.check(folder, job.config)
+    if changed := [(old, new) for old, new in zip(saved.class_names, job.data.class_names) if old != new]:
+        raise ConfigError(
+            f"Checkpoint {saved.step} in {folder} has other classes than the data: {changed[0][0]!r} was where "
+            f"{changed[0][1]!r} is ({len(changed)} differ). Put the data back, or evaluate another workdir."
+        )
     target = job.abstract_state()
     if keeps_average(target.opt_state):
         whole = read_newest(folder / "checkpoints", target, identity=job.identity())
