@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.helpers import tiny_config
+from vit_flax.config import ConfigError
 from vit_flax.sweep import run
 from vit_flax.sweep.points import expand
 
@@ -40,11 +41,11 @@ def processes(monkeypatch):
     return replace
 
 
-def start(points, workdir, jobs=2):
+def start(points, workdir, jobs=2, **options):
     """Runs the points that are not done; returns what was said."""
     said = []
     plan = run.Each(points, workdir)
-    run.run(plan, workdir, jobs=jobs, launcher="local", launcher_options={}, say=said.append)
+    run.run(plan, workdir, jobs=jobs, launcher="local", launcher_options=options, say=said.append)
     return plan, said
 
 
@@ -199,3 +200,37 @@ def test_ctrl_c_in_a_terminal_saves_every_point_and_the_same_command_goes_on(tmp
     for file in metrics:
         result = json.loads((file.parent / "result.json").read_text())
         assert (result["status"], result["step"]) == ("done", 1000)
+
+
+@pytest.mark.parametrize(("visible", "pairs"), [("", {"0,1", "2,3"}), ("7,5,3,1", {"7,5", "3,1"})])
+def test_processes_at_once_have_gpus_of_their_own(visible, pairs, tmp_path, processes, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+
+    def train(task, workdir):
+        import os
+        import time
+
+        from vit_flax.sweep.run import point_workdir, write_result
+
+        index, seen = task.point.index, os.environ["CUDA_VISIBLE_DEVICES"]
+        (workdir / f"here{index}").touch()
+        deadline = time.time() + 120
+        while index < 2 and not (workdir / f"here{1 - index}").exists():  # the first two run at once
+            assert time.time() < deadline
+            time.sleep(0.05)
+        return write_result(
+            point_workdir(workdir, task.point), task.point, status="done", metrics={}, secs=0, gpus=seen
+        )["status"]
+
+    processes(train)
+    points = make_points(4)
+    start(points, tmp_path, jobs=2, gpus_per_node=2)
+    seen = [run.read_result(run.point_workdir(tmp_path, point))["gpus"] for point in points]
+    assert {*seen[:2]} == pairs
+    assert {*seen} == pairs
+
+
+def test_more_gpus_than_there_are(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    with pytest.raises(ConfigError, match="2 jobs with gpus_per_node=2 need 4 GPUs, and CUDA_VISIBLE_DEVICES=0,1,2"):
+        start(make_points(1), tmp_path, jobs=2, gpus_per_node=2)

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,19 +104,23 @@ def run(
       launcher_options: parameters of submitit, such as {"slurm_partition": "gpu", "gpus_per_node": 1}.
       say: takes a line about each task that ends.
 
-    Raises: ModuleNotFoundError: submitit is not installed; says how to.
+    Raises: ConfigError: fewer GPUs are visible than the tasks need.
+      ModuleNotFoundError: submitit is not installed; says how to.
     """
+    free = _gpus(launcher, launcher_options, jobs)
     executor = _executor(workdir, launcher, launcher_options)
-    running: dict[Any, Task] = {}
+    running: dict[Any, tuple[Task, str]] = {}
     try:
         while True:
             while len(running) < jobs and (task := plan.next()) is not None:
+                gpus = free.pop(0)
                 with _ignoring_ctrl_c():
-                    running[executor.submit(_run_task, task, str(workdir))] = task
+                    running[executor.submit(_run_task, task, str(workdir), gpus)] = task, gpus
             if not running:
                 return
             for job in [job for job in running if job.done()]:
-                task = running.pop(job)
+                task, gpus = running.pop(job)
+                free.append(gpus)
                 result = _settle(job, task.point, workdir)
                 say(f"{plan.ended(task, result)} {task.point.name}: {_outcome(result)}")
             time.sleep(0.2)
@@ -235,6 +239,18 @@ def value_of(metrics: Mapping[str, float], deciding: tuple[str, bool]) -> float:
 # Processes.
 
 
+def _gpus(launcher: str, options: Mapping[str, Any], jobs: int) -> list[str]:
+    """For each of the tasks that run at once on this machine, the GPUs that only it sees; Slurm allots them itself."""
+    each = options.get("gpus_per_node", 0) if launcher == "local" else 0
+    mine = os.environ.get("CUDA_VISIBLE_DEVICES")
+    there = mine.split(",") if mine else [str(number) for number in range(jobs * each)]
+    if len(there) < jobs * each:
+        raise ConfigError(
+            f"{jobs} jobs with gpus_per_node={each} need {jobs * each} GPUs, and CUDA_VISIBLE_DEVICES={mine}."
+        )
+    return [",".join(there[i * each : (i + 1) * each]) for i in range(jobs)]
+
+
 def _executor(workdir: Path, launcher: str, options: Mapping[str, Any]) -> Any:
     try:
         import submitit
@@ -250,8 +266,10 @@ def _executor(workdir: Path, launcher: str, options: Mapping[str, Any]) -> Any:
 class _RunTask:
     """What a process of a launcher calls; it gets the task pickled, so that the sweep file may change meanwhile."""
 
-    def __call__(self, task: Task, workdir: str) -> str | None:
+    def __call__(self, task: Task, workdir: str, gpus: str) -> str | None:
         """Runs the task; returns its status, None after a signal to stop and a checkpoint."""
+        if gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpus
         if os.environ.get("SUBMITIT_EXECUTOR") == "local":
             os.setpgid(0, 0)  # Ctrl-C in a terminal reaches the whole group; `run` tells this process to stop, once
         exit_on_signals()
@@ -278,11 +296,11 @@ class _RunTask:
         enable_compilation_cache()
         return run_point(task.point, workdir, stop_after=task.stop_after)["status"]
 
-    def checkpoint(self, task: Task, workdir: str) -> Any:
+    def checkpoint(self, task: Task, workdir: str, gpus: str) -> Any:
         """What submitit is to run when the job starts again: the same."""
         from submitit.helpers import DelayedSubmission
 
-        return DelayedSubmission(self, task, workdir)
+        return DelayedSubmission(self, task, workdir, gpus)
 
 
 _run_task = _RunTask()
@@ -301,7 +319,7 @@ def _ignoring_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
-def _cancel(running: Mapping[Any, Task], launcher: str, say: Callable[[str], None]) -> None:
+def _cancel(running: Collection[Any], launcher: str, say: Callable[[str], None]) -> None:
     """Asks tasks to save and stop; waits for those on this machine, so that the sweep can be started again at once.
 
     submitit's own `cancel` of a local job kills it after one second, which is too early for a save.
