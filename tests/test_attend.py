@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vit_flax.models import ViT
 from vit_flax.models import attend as module
 from vit_flax.models.attend import IMPLEMENTATIONS, attend, attend_with_weights, why_not_cudnn
 
@@ -104,25 +105,83 @@ def test_cudnn_asked_for_by_name_says_why_it_cannot_run():
         attend(q, k, v, impl="cudnn")
 
 
+@pytest.fixture
+def gpu(monkeypatch):
+    """Makes JAX believe in an NVIDIA GPU, as far as it is asked while it traces; nothing can be run."""
+    checks = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+
+    def pretend(capability="9.0", cudnn=91100):
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(compute_capability=capability)])
+        monkeypatch.setattr(checks, "is_cuda_compute_capability_equal", lambda it: capability == it)
+        monkeypatch.setattr(checks, "check_compute_capability", lambda least: float(capability) >= float(least))
+        if cudnn:
+            monkeypatch.setattr(checks, "check_cudnn_version", lambda: cudnn)
+
+    return pretend
+
+
 @pytest.mark.parametrize(
-    ("capability", "dtype", "head_dim", "words"),
+    ("machine", "dtype", "head_dim", "words"),
     [
-        ("8.0", "bfloat16", 64, None),
-        ("9.0", "float16", 128, None),
-        ("7.5", "bfloat16", 64, "compute capability 8.0"),
-        ("gfx90a", "bfloat16", 64, "compute capability 8.0"),
-        ("9.0", "float32", 64, "bfloat16 or float16"),
-        ("9.0", "bfloat16", 60, "multiple of 8"),
-        ("9.0", "bfloat16", 136, "up to 128"),
+        (dict(capability="8.0"), "bfloat16", 64, None),
+        (dict(capability="9.0"), "float16", 128, None),
+        (dict(capability="7.5"), "bfloat16", 64, "compute capability 8.0"),
+        (dict(capability="gfx90a"), "bfloat16", 64, "compute capability 8.0"),
+        (dict(capability="10.3", cudnn=90000), "bfloat16", 64, "cuDNN version >= 9.11"),
+        (dict(cudnn=None), "bfloat16", 64, "cuDNN is not detected"),
+        ({}, "float32", 64, "bfloat16 or float16"),
+        ({}, "bfloat16", 60, "multiple of 8"),
+        (dict(capability="8.0"), "bfloat16", 136, "<= 128"),
     ],
 )
-def test_what_cudnn_can_take(monkeypatch, capability, dtype, head_dim, words):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(compute_capability=capability)])
-    reason = why_not_cudnn(jnp.zeros((1, 2, 1, head_dim), dtype))
+@pytest.mark.parametrize("tokens", [2, 3])
+def test_what_cudnn_can_take(gpu, monkeypatch, machine, dtype, head_dim, words, tokens):
+    gpu(**machine)
+    arrays = [jnp.zeros((1, tokens, 1, head_dim), dtype)] * 3
+    reason = why_not_cudnn(*arrays)
     assert (reason is None) if words is None else (words in reason)
     chosen = []
     for name in ("_cpu", "_xla", "_cudnn"):
         monkeypatch.setattr(module, name, lambda q, k, v, name=name: chosen.append(name) or q)
-    module._auto(*[jnp.zeros((1, 2, 1, head_dim), dtype)] * 3)
+    module._auto(*arrays)
     assert chosen == ["_cudnn" if words is None else "_xla"]
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(5, 7), (1, 7), (1, 6), (4, 6), (197, 197)])
+def test_cudnn_gets_even_numbers_of_tokens_and_the_result_is_the_same(monkeypatch, queries, keys):
+    """With the same function of JAX in its other implementation, which runs here."""
+    seen, attention = [], jax.nn.dot_product_attention
+
+    def elsewhere(q, k, v, *, implementation, **lengths):
+        seen.append((implementation, q.shape[1] % 2, k.shape[1] % 2, v.shape[1] % 2))
+        return attention(q, k, v, implementation="xla", **lengths)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", elsewhere)
+    rng = np.random.default_rng(0)
+    q, dy, k, v = (jnp.asarray(rng.standard_normal((B, n, K, E)), "float32") for n in (queries, queries, keys, keys))
+    with jax.numpy_dtype_promotion("standard"):  # which the backward pass of this other implementation needs
+        got = value_and_gradients(module._fused, q, k, v, dy)
+    assert_near(got, by_the_equation(q, k, v, dy), 1e-5)
+    assert seen == [("cudnn", 0, 0, 0)]
+
+
+@pytest.mark.parametrize("queries", [1, 8, 197])
+def test_cudnn_is_lowered_in_both_directions(gpu, queries):
+    gpu()
+    q, k = (jax.ShapeDtypeStruct((2, n, 3, 64), jnp.bfloat16) for n in (queries, 8 if queries == 8 else 197))
+    function = jax.jit(lambda *x: jax.vjp(attend, *x)[1](x[0]))
+    text = function.trace(q, k, k).lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmhaSoftmax(" in text
+    assert "__cudnn$fmhaSoftmaxBackward(" in text
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full", "offload"])
+def test_a_model_with_a_class_token_trains_on_cudnn(gpu, remat):
+    gpu()
+    model = ViT(num_classes=5, patch_size=8, width=64, depth=2, mlp_dim=64, num_heads=1, dtype="bfloat16", remat=remat)
+    images = jnp.zeros((2, 16, 16, 3))
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
+    loss = jax.jit(jax.grad(lambda params: model.apply(params, images, train=False)[0].astype("float32").sum()))
+    text = loss.trace(params).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__cudnn$fmhaSoftmaxBackward(") == 1

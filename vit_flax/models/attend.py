@@ -34,9 +34,25 @@ def _xla(q: Array, k: Array, v: Array) -> Array:
 
 
 def _cudnn(q: Array, k: Array, v: Array) -> Array:
-    if reason := why_not_cudnn(q):
+    if reason := why_not_cudnn(q, k, v):
         raise ValueError(f"attention_impl='cudnn' cannot run here: {reason}. Use 'auto' or 'xla'.")
-    return saved(jax.nn.dot_product_attention(q, k, v, implementation="cudnn"))
+    return saved(_fused(q, k, v))
+
+
+def _fused(q: Array, k: Array, v: Array) -> Array:
+    """The kernel of cuDNN, of even numbers of queries and keys: with a class token they are odd.
+
+    For odd numbers JAX refuses the backward pass, as if there were a bias (jax 0.10 to 0.12 at least; cuDNN cannot do
+    those). What is added to make them even is masked by the lengths.
+    """
+    b, queries, keys = *q.shape[:2], k.shape[1]
+    lengths = {}
+    if queries % 2 or keys % 2:
+        lengths["query_seq_lengths"] = jnp.full((b,), queries, jnp.int32)
+        lengths["key_value_seq_lengths"] = jnp.full((b,), keys, jnp.int32)
+        q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **lengths)[:, :queries]
 
 
 @jax.custom_vjp
@@ -112,7 +128,7 @@ def _batched_dot(a: Array, b: Array, contracted: int) -> Array:
 def _auto(q: Array, k: Array, v: Array) -> Array:
     if jax.default_backend() == "cpu":
         return _cpu(q, k, v)
-    return _xla(q, k, v) if why_not_cudnn(q) else _cudnn(q, k, v)
+    return _xla(q, k, v) if why_not_cudnn(q, k, v) else _cudnn(q, k, v)
 
 
 IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array], Array]] = {
@@ -123,10 +139,10 @@ IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array], Array]] = {
 }
 
 
-def why_not_cudnn(q: Array) -> str | None:
-    """The reason why cuDNN's fused attention cannot take these queries, or None if it can.
+def why_not_cudnn(q: Array, k: Array, v: Array) -> str | None:
+    """The reason why cuDNN's fused attention cannot take these arrays in both directions, or None if it can.
 
-    Source: the checks of `jax._src.cudnn.fused_attention_stablehlo` (jax 0.10).
+    What JAX itself checks, some of it by the versions of cuDNN and GPU, is found by tracing, not by a list of ours.
     """
     if jax.default_backend() != "gpu":
         return f"it needs an NVIDIA GPU and the backend is {jax.default_backend()!r}"
@@ -135,8 +151,11 @@ def why_not_cudnn(q: Array) -> str | None:
         return f"it needs an NVIDIA GPU of compute capability 8.0 (Ampere) or later and this one has {capability}"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16 or float16 and the compute dtype is {q.dtype}"
-    if q.shape[-1] % 8 or q.shape[-1] > 128:
-        return f"the head dimension must be a multiple of 8 up to 128 and is {q.shape[-1]}"
+    try:
+        arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
+        jax.eval_shape(lambda *x: jax.vjp(_fused, *x)[1](x[0]), *arrays)
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        return str(error).strip().rstrip(".")
     return None
 
 
