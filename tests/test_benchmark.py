@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from absl.testing import flagsaver
 
 from vit_flax.benchmark import __main__ as command
 from vit_flax.benchmark import measure, report
@@ -32,6 +33,40 @@ def test_cases_take_turns():
     seconds = measure.take_turns({n: Fake(n, turns) for n in "ab"}, rounds=3, min_seconds=2.0)
     assert turns[4:] == ["a", "b"] * 3  # behind two turns each to find the number of steps
     assert seconds == {"a": [1.0] * 3, "b": [1.0] * 3}
+
+
+def test_what_cannot_be_measured_is_left_out_and_the_others_go_on(capsys):
+    class Fails(Fake):
+        def run(self, steps):
+            if self.turns.count(self.name) == self.after:
+                raise measure.LeftOut(f"{self.name} does not fit")
+            return super().run(steps)
+
+    turns = []
+    runners = {n: Fails(n, turns) for n in "abc"}
+    for runner, after in zip(runners.values(), (0, 3, None)):
+        runner.after = after
+    seconds = measure.take_turns(runners, rounds=3, min_seconds=1.0)
+    assert seconds == {"c": [1.0] * 3}
+    assert capsys.readouterr().err == "left out: a does not fit\nleft out: b does not fit\n"
+
+
+def test_a_case_that_does_not_fit_is_left_out(monkeypatch):
+    def full():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    runner = Ours(CASE)
+    monkeypatch.setattr(runner, "_begin", full)
+    with pytest.raises(measure.LeftOut, match=r"vit_flax mu/16 b2 float32 train .* does not fit into the memory"):
+        runner.run(1)
+
+
+def test_a_case_keeps_no_arrays_between_its_turns():
+    runner = Ours(CASE)
+    runner.run(1)
+    before = {id(x) for x in jax.live_arrays()}
+    runner.run(1)
+    assert not [x for x in jax.live_arrays() if id(x) not in before]
 
 
 def test_a_ratio_is_taken_within_the_rounds():
@@ -97,6 +132,15 @@ def test_hyphens_and_underscores_name_the_same_flag():
     assert command.with_underscores(["x-y", "--find-batch", "--layers=a-b"]) == ["x-y", "--find_batch", "--layers=a-b"]
 
 
+def test_forward_passes_are_measured_once_whatever_remat(capsys):
+    flags = command.flags.FLAGS
+    with flagsaver.flagsaver():
+        flags(["x", "--variant=mu/16,Ti/16", "--mode=forward,train", "--remat=dots,none", "--layers=scan,2"])
+        cases = command.cases_of_flags()
+    assert len(cases) == 2 * (2 + 2 * 2)
+    assert {case.remat for case in cases if case.mode == "forward"} == {"dots"}
+
+
 BLOCK = """
 import sys
 class Block:
@@ -126,3 +170,25 @@ def test_a_word_that_is_no_choice_is_an_error_with_the_choices():
     done = subprocess.run([sys.executable, *argv], text=True, cwd=ROOT, capture_output=True)
     assert done.returncode != 0
     assert "--mode=backward is unknown: expected forward, train, loop" in done.stdout + done.stderr
+
+
+def test_each_group_is_measured_by_itself_and_a_peer_takes_its_turns():
+    flags = "--variant mu/16 --batch 2 --image_px 32 --rounds 2 --min_seconds 0.001 --mode forward,train --peers"
+    code = f"""
+import sys, runpy
+from vit_flax.benchmark import peers
+peers.PEERS = {{"flax": peers.PEERS["flax"], "none": ("not_installed", None, {{}})}}
+sys.argv[1:] = {flags.split()!r}
+runpy.run_module("vit_flax.benchmark", run_name="__main__", alter_sys=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], text=True, cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [(row["mode"], row["library"]) for row in rows] == [
+        ("forward", "vit_flax"),
+        ("forward", "flax"),
+        ("train", "vit_flax"),
+        ("train", "flax"),
+    ]
+    assert all(row["images_per_second"] > 0 for row in rows)
+    assert "left out, not_installed is not installed: none" in done.stderr

@@ -102,19 +102,25 @@ def test_saved_lets_the_gradient_through(dtype):
         ((2, 5, 2, 4), (2, 4, 3), 2, "bnke,keo->bno"),  # from heads
     ],
 )
-def test_product_and_its_gradients(x_shape, kernel_shape, in_axes, equation, dtype):
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_product_and_its_gradients(x_shape, kernel_shape, in_axes, equation, dtype, backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     x, kernel = numbers(*x_shape, dtype=dtype), numbers(*kernel_shape, seed=1)
     y, vjp = jax.vjp(lambda x, kernel: product(x, kernel, in_axes), x, kernel)
-    dy = numbers(*y.shape, seed=2)
+    dy = numbers(*y.shape, seed=2, dtype=y.dtype)
     dx, dkernel = vjp(dy)
-    assert (y.dtype, dx.dtype, dkernel.dtype) == (F32, dtype, F32)
+    assert (y.dtype, dx.dtype, dkernel.dtype) == (F32 if backend == "cpu" else dtype, dtype, F32)
     rounded = [np.asarray(a.astype(dtype), np.float64) for a in (x, kernel, dy)]
     operands, result = equation.split("->")
     first, second = operands.split(",")
-    np.testing.assert_allclose(y, np.einsum(equation, *rounded[:2]), atol=1e-5)
+    rounding = 1e-6 if dtype == F32 else 2**-8
+    expected = np.einsum(equation, *rounded[:2])
+    np.testing.assert_allclose(
+        np.asarray(y, np.float64), expected, atol=1e-5, rtol=1e-6 if y.dtype == F32 else rounding
+    )
     np.testing.assert_allclose(dkernel, np.einsum(f"{first},{result}->{second}", rounded[0], rounded[2]), atol=1e-5)
     expected = np.einsum(f"{result},{second}->{first}", rounded[2], rounded[1])
-    np.testing.assert_allclose(np.asarray(dx, np.float64), expected, atol=1e-5, rtol=1e-6 if dtype == F32 else 2**-8)
+    np.testing.assert_allclose(np.asarray(dx, np.float64), expected, atol=1e-5, rtol=rounding)
 
 
 def test_products_of_bfloat16_are_summed_in_float32():

@@ -7,10 +7,12 @@
     python -m vit_flax.benchmark --variant B/16 --mode train --find-batch           # the largest batch that fits
     python -m vit_flax.benchmark --compile-depths 12,48                             # compile time over depth
 
-Every flag that takes a list makes a case of each combination. All cases, the peers and the matrix products take turns,
-round after round, so that a machine that other work shares hits all alike: trust the ratios more than the rates.
+Every flag that takes a list makes a case of each combination. Those of one variant, mode and dtype take turns with the
+peers and the matrix products, round after round, so that a machine that other work shares hits all alike: trust the
+ratios more than the rates. A line is printed as soon as it is known; what does not fit into the memory is left out.
 """
 
+import dataclasses
 import itertools
 import json
 import os
@@ -31,7 +33,7 @@ _LAYERS = flags.DEFINE_list("layers", ["scan"], "scan, loop, or a number of bloc
 _REMAT = flags.DEFINE_list("remat", ["auto"], "auto, none, dots, full, offload.")
 _IMAGE_PX = flags.DEFINE_integer("image_px", 224, "Side of the images.")
 _NUM_CLASSES = flags.DEFINE_integer("num_classes", 1000, "Classes.")
-_PEERS = flags.DEFINE_bool("peers", False, "Measure timm, transformers and Keras too, where they are installed.")
+_PEERS = flags.DEFINE_bool("peers", False, "Measure Flax's layers, timm, transformers, Keras too, where installed.")
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Turns of each case; the median is reported.")
 _MIN_SECONDS = flags.DEFINE_float("min_seconds", 0.5, "A turn does as many steps as take so long.")
 _FIND_BATCH = flags.DEFINE_bool("find_batch", False, "Find the largest batch that fits, of each combination.")
@@ -76,74 +78,85 @@ def cases_of_flags() -> list[Any]:
     product = itertools.product(
         _VARIANT.value, _BATCH.value, _MODE.value, _DTYPE.value, _ATTENTION.value, _LAYERS.value, _REMAT.value
     )
-    return [
+    cases = [
         Case(v, int(b), m, d, a, s, r, image_px=_IMAGE_PX.value, num_classes=_NUM_CLASSES.value)
         for v, b, m, d, a, s, r in product
     ]
+    # Without a backward pass `remat` does nothing: one word will do.
+    words = {case: _REMAT.value[0] if case.mode == "forward" else case.remat for case in cases}
+    return list(dict.fromkeys(dataclasses.replace(case, remat=word) for case, word in words.items()))
 
 
 def compare(cases: list[Any]) -> None:
-    """Lets all cases take turns; prints a line for each, and a table if there are several."""
+    """Measures the cases, those of one variant, mode and dtype together; a table at the end if there are several."""
+    from vit_flax.benchmark import report
+
+    groups: dict[tuple[str, str, str], list[Any]] = {}
+    for case in cases:
+        groups.setdefault((case.variant, case.mode, case.dtype), []).append(case)
+    rows = [row for group in groups.values() for row in compare_group(group)]
+    if len(rows) > 1:
+        print("\nover first: speed over the first line of the same variant, mode and dtype.\n")
+        print(report.table(rows))
+
+
+def compare_group(cases: list[Any]) -> list[dict[str, Any]]:
+    """Lets the cases take turns with their peers and the matrix products; prints and returns a line for each."""
     from vit_flax.benchmark import measure, report
     from vit_flax.benchmark.cases import Ours
 
-    ours = {case: Ours(case) for case in cases}
+    ours: dict[Any, Any] = {}
+    for case in cases:
+        with measure.left_out():
+            ours[case] = Ours(case)
     peers = start_peers(cases) if _PEERS.value else {}
-    runners = {case.name: runner for case, runner in (ours | peers).items()}
-    model = max((case.model() for case in cases), key=lambda m: m.width)
-    tokens = max(case.batch * ((case.image_px // case.model().patch_size) ** 2 + 1) for case in cases)
-    matmuls = measure.ceilings({case.dtype for case in cases}, tokens, model.width, model.mlp_dim)
+    runners = ours | peers
+    model = cases[0].model()
+    tokens = max(case.batch * ((case.image_px // model.patch_size) ** 2 + 1) for case in cases)
+    matmuls = measure.ceilings({cases[0].dtype}, tokens, model.width, model.mlp_dim)
+    by_name = {case.name: runner for case, runner in runners.items()}
     try:
-        seconds = measure.take_turns({**runners, **matmuls}, rounds=_ROUNDS.value, min_seconds=_MIN_SECONDS.value)
+        seconds = measure.take_turns({**by_name, **matmuls}, rounds=_ROUNDS.value, min_seconds=_MIN_SECONDS.value)
     finally:
         for peer in peers.values():
             peer.close()
-    rates = {name: matmul.flops / statistics.median(seconds[name]) / 1e9 for name, matmul in matmuls.items()}
-    rows = []
-    for case, runner in (ours | peers).items():
-        first = next(c for c in ours if (c.mode, c.dtype, c.variant) == (case.mode, case.dtype, case.variant))
-        rows.append(
-            report.row(
-                case,
-                seconds[case.name],
-                ceiling_gflops=max(rate for name, rate in rates.items() if name.startswith(case.dtype)),
-                versus_first=measure.ratio(seconds[first.name], seconds[case.name]),
-                compile_seconds=runner.compile_seconds,
-                memory_bytes=runner.memory_bytes() if isinstance(runner, Ours) else None,
-            )
-        )
+    ceiling = max(matmul.flops / statistics.median(seconds[name]) / 1e9 for name, matmul in matmuls.items())
+    measured = [case for case in runners if case.name in seconds]
     more = {"peak_mib": round(measure.peak_memory_bytes() / report.MIB, 1), **measure.machine()}
+    rows = [
+        report.row(
+            case,
+            seconds[case.name],
+            ceiling_gflops=ceiling,
+            versus_first=measure.ratio(seconds[measured[0].name], seconds[case.name]),
+            compile_seconds=runners[case].compile_seconds,
+            memory_bytes=ours[case].memory_bytes() if case in ours else None,
+        )
+        for case in measured
+    ]
     for row in rows:
         report.print_json(row, **more)
-    if len(rows) > 1:
-        print(f"\nover first: speed over the first line of the same mode, dtype and variant. {more}\n")
-        print(report.table(rows))
+    return rows
 
 
 def start_peers(cases: list[Any]) -> dict[Any, Any]:
     """The peers of every (variant, batch, mode, dtype); one that fails is left out with a message."""
-    import dataclasses
+    from vit_flax.benchmark import measure
+    from vit_flax.benchmark.peers import Peer, installed
 
-    from vit_flax.benchmark.peers import Peer, PeerError, installed
-
-    peers = {}
+    peers: dict[Any, Any] = {}
     for name in installed():
         for case in cases:
             # What only we can choose is set to one value, so that each peer is measured once.
             peer = dataclasses.replace(case, library=name, attention="auto", layers="scan", remat="auto")
-            if peer in peers or case.mode == "loop":
-                continue
-            try:
-                peers[peer] = Peer(peer)
-            except PeerError as error:
-                print(f"left out: {error}", file=sys.stderr)
+            if peer not in peers and case.mode != "loop":
+                with measure.left_out():
+                    peers[peer] = Peer(peer)
     return peers
 
 
 def compile_times(cases: list[Any]) -> None:
     """Seconds to trace and compile at each depth, and the ratio to the first depth; without the compilation cache."""
-    import dataclasses
-
     import jax
 
     from vit_flax.benchmark.cases import compile_forward, train_program
@@ -189,8 +202,6 @@ def find_batch(case: Any) -> dict[str, Any]:
 
     On the CPU nothing is run: the compiler says what a program needs. On other devices the batch takes one step.
     """
-    import dataclasses
-
     import jax
 
     from vit_flax.benchmark import measure
@@ -204,6 +215,8 @@ def find_batch(case: Any) -> dict[str, Any]:
             needs[batch] = program_bytes(lowering(sized, compile_forward, train_program)().compile())
             if needs[batch] <= limit and jax.default_backend() != "cpu":
                 Ours(sized).run(1)
+        except measure.LeftOut:
+            return False
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

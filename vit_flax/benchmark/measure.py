@@ -1,11 +1,12 @@
 """Cases that take turns, and what the machine itself can do."""
 
+import contextlib
 import os
 import resource
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,12 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 
 
+class LeftOut(RuntimeError):
+    """A case cannot be measured here; the message says which and why."""
+
+
 @runtime_checkable
 class Runner(Protocol):
     """Something that can take its turn."""
 
     def run(self, steps: int) -> float:
-        """Does so many steps; returns the seconds."""
+        """Does a step that does not count, then so many steps; returns the seconds of these. Raises LeftOut."""
         ...
 
 
@@ -27,21 +32,34 @@ def take_turns(runners: Mapping[str, Runner], *, rounds: int, min_seconds: float
     """Seconds per step of each runner, one entry per round; in a round all take one turn.
 
     A machine that slows down for a while hits all alike, so that ratios within a round hold where single times do not.
+    One that raises LeftOut is left out, with a message.
 
     Args:
       runners: by name.
       rounds: number of turns of each.
       min_seconds: a turn does as many steps as take at least so long.
     """
-    steps = {}
+    steps: dict[str, int] = {}
     for name, runner in runners.items():
-        once = min(runner.run(1), runner.run(1))
-        steps[name] = max(1, round(min_seconds / once))
-    seconds: dict[str, list[float]] = {name: [] for name in runners}
+        with left_out():
+            once = min(runner.run(1), runner.run(1))
+            steps[name] = max(1, round(min_seconds / once))
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
-        for name, runner in runners.items():
-            seconds[name].append(runner.run(steps[name]) / steps[name])
-    return seconds
+        for name in list(seconds):
+            before = seconds.pop(name)
+            with left_out():
+                seconds[name] = [*before, runners[name].run(steps[name]) / steps[name]]
+    return {name: seconds[name] for name in steps if name in seconds}
+
+
+@contextlib.contextmanager
+def left_out() -> Iterator[None]:
+    """Ends at a LeftOut, and says why."""
+    try:
+        yield
+    except LeftOut as error:
+        print(f"left out: {error}", file=sys.stderr, flush=True)
 
 
 def ratio(of: list[float], to: list[float]) -> float:
@@ -61,6 +79,7 @@ class Matmul:
 
     def run(self, steps: int) -> float:
         """See `Runner`."""
+        self._call().block_until_ready()
         since = time.perf_counter()
         for _ in range(steps):
             y = self._call()

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from vit_flax.benchmark.cases import Case
+from vit_flax.benchmark.measure import LeftOut
 from vit_flax.models import variants
 
-Call = Callable[[], Any]
+Call = tuple[Callable[[], Any], Callable[[], Any]]  # starts a step, and waits for all that were started
 
 
 def timm(case: Case, *, compiled: bool) -> Call:
@@ -75,14 +76,9 @@ def _torch(case: Case, model: Any, *, compiled: bool, logits: Callable[[Any], An
     def precision() -> Any:
         return torch.autocast(device, dtype=torch.bfloat16) if low else contextlib.nullcontext()
 
-    def wait() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
-
     def infer() -> None:
         with torch.inference_mode(), precision():
             forward(x)
-        wait()
 
     def train() -> None:
         with precision():
@@ -91,10 +87,76 @@ def _torch(case: Case, model: Any, *, compiled: bool, logits: Callable[[Any], An
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        wait()
 
     model.train(case.mode != "forward")
-    return infer if case.mode == "forward" else train
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    return (infer if case.mode == "forward" else train), wait
+
+
+def flax(case: Case) -> Call:
+    """A plain ViT of Flax's own layers under a scan, as other projects in JAX have it."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from flax import linen as nn
+
+    size, dtype = variants.parse(case.variant), jnp.dtype(case.dtype)
+    d, p, heads = size["width"], size["patch_size"], size["num_heads"]
+
+    class Block(nn.Module):
+        """Pre-norm, as in Dosovitskiy et al. 2021."""
+
+        @nn.compact
+        def __call__(self, x: Any, _: None) -> tuple[Any, None]:
+            y = nn.LayerNorm(dtype=dtype)(x)
+            x = x + nn.MultiHeadDotProductAttention(heads, dtype=dtype, deterministic=True)(y, y)
+            y = nn.Dense(size["mlp_dim"], dtype=dtype)(nn.LayerNorm(dtype=dtype)(x))
+            return x + nn.Dense(d, dtype=dtype)(nn.gelu(y, approximate=False)), None
+
+    class Plain(nn.Module):
+        """Patches, class token, positions, blocks, classifier."""
+
+        @nn.compact
+        def __call__(self, image: Any) -> Any:
+            x = nn.Conv(d, (p, p), (p, p), dtype=dtype)(image)
+            x = x.reshape(x.shape[0], -1, d)
+            token = self.param("token", nn.initializers.zeros, (1, 1, d))
+            x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, d)).astype(dtype), x], axis=1)
+            x = x + self.param("table", nn.initializers.normal(0.02), (1, x.shape[1], d)).astype(dtype)
+            depth = case.depth or size["depth"]
+            blocks = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=depth)
+            x, _ = blocks()(x, None)
+            return nn.Dense(case.num_classes)(nn.LayerNorm(dtype=dtype)(x)[:, 0].astype(jnp.float32))
+
+    model, key = Plain(), jax.random.key(0)
+    x = jax.random.normal(key, (case.batch, case.image_px, case.image_px, 3))
+    labels = jax.random.randint(key, (case.batch,), 0, case.num_classes)
+    params = jax.jit(model.init)(key, x[:1])
+    if case.mode == "forward":
+        infer, y = jax.jit(model.apply), x
+
+        def classify() -> None:
+            nonlocal y
+            y = infer(params, x)
+
+        return classify, lambda: y.block_until_ready()
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, weight_decay=0.05))
+
+    def loss(params: Any) -> Any:
+        logits: Any = model.apply(params, x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    def step(params: Any, state: Any) -> tuple[Any, Any]:
+        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    program, state = jax.jit(step, donate_argnums=(0, 1)), optimizer.init(params)
+
+    def train() -> None:
+        nonlocal params, state
+        params, state = program(params, state)
+
+    return train, lambda: jax.block_until_ready(params)
 
 
 def keras(case: Case) -> Call:
@@ -136,12 +198,13 @@ def keras(case: Case) -> Call:
     pixels = rng.standard_normal((case.batch, case.image_px, case.image_px, 3), np.float32)
     labels = rng.integers(0, case.num_classes, case.batch)
     if case.mode == "forward":
-        return lambda: model.predict_on_batch(pixels)
-    return lambda: model.train_on_batch(pixels, labels)
+        return lambda: model.predict_on_batch(pixels), lambda: None
+    return lambda: model.train_on_batch(pixels, labels), lambda: None
 
 
 # Name -> (module that must be installed, what makes a call, its arguments).
 PEERS: dict[str, tuple[str, Callable[..., Call], dict[str, Any]]] = {
+    "flax": ("flax", flax, {}),
     "timm eager": ("timm", timm, {"compiled": False}),
     "timm compile": ("timm", timm, {"compiled": True}),
     "transformers": ("transformers", transformers, {}),
@@ -183,12 +246,8 @@ class Peer:
             self._child.stdin.flush()
         answer = self._child.stdout.readline()
         if not answer:
-            raise PeerError(f"{self._name} ended with exit code {self._child.wait()}; its message is above")
+            raise LeftOut(f"{self._name} ended with exit code {self._child.wait()}; its message is above")
         return json.loads(answer)
-
-
-class PeerError(RuntimeError):
-    """A peer cannot run here."""
 
 
 def serve() -> None:
@@ -197,15 +256,22 @@ def serve() -> None:
     case = Case(**json.loads(sys.stdin.readline()))
     _, make, arguments = PEERS[case.library]
     since = time.perf_counter()
-    call = make(case, **arguments)
+    call, wait = make(case, **arguments)
     call()
+    wait()
     print(json.dumps({"seconds": time.perf_counter() - since}), file=answers, flush=True)
     for line in sys.stdin:
         steps = json.loads(line)["steps"]
+        call()
+        wait()
         since = time.perf_counter()
         for _ in range(steps):
             call()
-        print(json.dumps({"seconds": time.perf_counter() - since}), file=answers, flush=True)
+        wait()
+        secs = time.perf_counter() - since
+        if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the others want the memory
+        print(json.dumps({"seconds": secs}), file=answers, flush=True)
 
 
 if __name__ == "__main__":

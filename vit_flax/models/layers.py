@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +95,7 @@ saved.defjvp(lambda primals, tangents: (mark(*primals), *tangents))
 class Linear(nn.Module):
     """`x @ kernel + bias` over the last `in_axes` axes of the input, to one or several output axes.
 
-    Products are accumulated and the bias is added in float32, whatever `dtype` is; the result is cast once.
+    Products are accumulated, and the bias is added, in float32, whatever `dtype` is; see `product` for their results.
     """
 
     features: int | Sequence[int]
@@ -118,20 +119,26 @@ class Linear(nn.Module):
         kernel = self.param("kernel", init, (*fan_in, *features), self.param_dtype)
         y: Array = product(x.astype(self.dtype), kernel, self.in_axes)  # pyright: ignore[reportAssignmentType]
         if self.use_bias:
-            bias = self.param("bias", self.bias_init, features, self.param_dtype)
-            y += jnp.expand_dims(bias.astype(jnp.float32), range(y.ndim - len(features)))
+            bias = self.param("bias", self.bias_init, features, self.param_dtype).astype(jnp.float32)
+            y = y.astype(jnp.float32) + jnp.expand_dims(bias, range(y.ndim - len(features)))
         return saved(y.astype(self.dtype))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def product(x: Float[Array, "..."], kernel: Float[Array, "..."], in_axes: int) -> Float[Array, "..."]:
-    """Sums over the last `in_axes` axes of `x` and the first of the kernel, in the dtype of `x`; the result is float32.
+    """Sums over the last `in_axes` axes of `x` and the first of the kernel, in the dtype of `x`, with float32 sums.
 
-    The products of the backward pass take their operands in the dtype of `x` too (JAX's own derivative of a product
-    with a float32 result runs in float32), and are written in the forms that XLA's CPU backend runs at its full rate.
-    With a bfloat16 result it runs at half of that. The kernel's gradient keeps float32. No forward mode.
+    The result is float32 on CPUs, which take twice as long to write bfloat16; elsewhere it has the dtype of `x`, as
+    the libraries of accelerators round it while they write, and others then read half as much. The products of the
+    backward pass take their operands in the dtype of `x` too (JAX's own derivative of a product with a float32 result
+    runs in float32), and are written in the forms that XLA's CPU backend runs at its full rate. The kernel's gradient
+    keeps float32. No forward mode.
     """
-    return _dot(x, kernel.astype(x.dtype), (range(x.ndim - in_axes, x.ndim), range(in_axes)))
+    return _dot(x, kernel.astype(x.dtype), (range(x.ndim - in_axes, x.ndim), range(in_axes)), _result(x))
+
+
+def _result(x: Array) -> jnp.dtype:
+    return jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else x.dtype
 
 
 def _save_operands(x: Array, kernel: Array, in_axes: int) -> tuple[Array, tuple[Array, Array]]:
@@ -143,7 +150,7 @@ def _backward_products(in_axes: int, saved: tuple[Array, Array], gradient: Array
     gradient = gradient.astype(x.dtype)
     leading = x.ndim - in_axes
     outputs = range(leading, gradient.ndim), range(in_axes, kernel.ndim)
-    dx = _dot(gradient, kernel.astype(x.dtype), outputs)
+    dx = _dot(gradient, kernel.astype(x.dtype), outputs, _result(x))
     if math.prod(x.shape[leading:]) <= math.prod(kernel.shape[in_axes:]):
         dkernel = _dot(x, gradient, (range(leading), range(leading)))
     else:
@@ -154,8 +161,8 @@ def _backward_products(in_axes: int, saved: tuple[Array, Array], gradient: Array
     return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
 
 
-def _dot(a: Array, b: Array, contracted: tuple[Sequence[int], Sequence[int]]) -> Array:
-    return jax.lax.dot_general(a, b, (contracted, ((), ())), preferred_element_type=jnp.float32)
+def _dot(a: Array, b: Array, contracted: tuple[Sequence[int], Sequence[int]], result: Any = jnp.float32) -> Array:
+    return jax.lax.dot_general(a, b, (contracted, ((), ())), preferred_element_type=result)
 
 
 product.defvjp(_save_operands, _backward_products)
