@@ -1,10 +1,13 @@
 """Sweeps: expanded, checked and named before anything runs; every point's end is noted."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -230,3 +233,44 @@ def test_the_command_checks_its_points_without_jax_in_its_own_process(tmp_path):
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert "optim.lr=-1.0: expected a number of 0 or more" in done.stderr
+
+
+def rows_of(values, metric):
+    """Rows that ended well, from lists of values by key and a list of the metric."""
+    return [
+        results.Row(f"p{i}", {key: column[i] for key, column in values.items()}, "done", 2, {"m": y}, 1.0, None)
+        for i, y in enumerate(metric)
+    ]
+
+
+def test_what_decides_on_a_grid():
+    grid = [(a, b) for a in (1, 2) for b in ("x", "y", "z")]
+    rows = rows_of({"a": [a for a, _ in grid], "b": [b for _, b in grid]}, [10.0 * a + (b == "x") for a, b in grid])
+    effects = results.main_effects(rows, "m")
+    assert list(effects) == ["a", "b"]
+    assert sum(effects.values()) == pytest.approx(1.0)  # no interaction
+    assert effects["b"] == pytest.approx(np.var([1, 0, 0]) / (np.var([10, 20]) + np.var([1, 0, 0])))
+
+
+def test_what_decides_among_drawn_values_is_not_every_key():
+    rng = np.random.default_rng(0)
+    x, noise = rng.permutation(np.linspace(0, 1, 40)).tolist(), rng.uniform(size=40).tolist()
+    effects = results.main_effects(rows_of({"x": x, "noise": noise, "id": [f"i{i}" for i in range(40)]}, x), "m")
+    assert effects["x"] == pytest.approx(15 / 16, abs=0.01)  # what the means of four quarters explain of a line
+    assert effects["noise"] < 0.3
+    assert "id" not in effects
+    assert results.main_effects(rows_of({"x": x[:5]}, x[:5]), "m") == {}
+
+
+def test_the_page_of_a_search_can_be_read(tmp_path):
+    sweep = make([{"optim.lr": 1e-3 + i * 1.23456789e-6} for i in range(20)])
+    for i, point in enumerate(sweep.points):
+        folder = run.point_workdir(tmp_path, point)
+        run.write_result(folder, point, status="done", step=2, metrics={"test/top1": i / 20}, secs=1.0)
+        (folder / "metrics.jsonl").write_text(json.dumps({"step": 2, "test/top1": i / 20, "train/loss": 1.0}) + "\n")
+    page = write_page(tmp_path, sweep, results.collect(tmp_path, sweep)).read_text()
+    (axes,) = re.findall(r"<svg[^>]*parallel coordinates.*?</svg>", page, re.DOTALL)
+    assert axes.count('class="tick halo"') == 9 + 2
+    legend = page[page.index('class="legend"') :]
+    assert "</i>lr=0.001 " in legend
+    assert "1.23456" not in legend[: legend.index("</ul>")].replace("data-points", "")

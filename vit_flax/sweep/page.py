@@ -10,9 +10,10 @@ from typing import Any
 from vit_flax.files import write_atomically
 from vit_flax.report import page
 from vit_flax.report.charts import Series, line_chart, number
-from vit_flax.sweep.points import Sweep
+from vit_flax.sweep.points import Sweep, point_name
 from vit_flax.sweep.results import SEED, Row, Setting, main_effects, mean_and_std, settings, stop_of
 
+MARKS = 9  # values written beside an axis
 CURVES = 6  # settings whose curves are drawn: as many as there are colours
 
 
@@ -64,7 +65,8 @@ def _curves(workdir: Path, ranked: Sequence[Setting], metric: str) -> str:
             file = workdir / "points" / setting.rows[0].name / "metrics.jsonl"
             lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
             points = [(line["step"], line[name]) for line in lines if name in line]
-            series.append(Series(setting.name, points, f"c{i}"))
+            label = point_name({key: _plain(value) for key, value in setting.values.items()})
+            series.append(Series(label.replace(",", ", "), points, f"c{i}"))
         charts.append(line_chart(name, [s for s in series if s.points]))
     if not any(charts):
         return ""
@@ -112,7 +114,8 @@ def _effects(effects: Mapping[str, float], metric: str) -> str:
     ]
     return (
         f"<section><h2>What decides {escape(metric)}</h2><p class=note>Part of the variance that each key explains by "
-        f"itself; the rest is interaction and chance.</p><table>{''.join(lines)}</table></section>"
+        f"itself (cut into quarters where values were drawn); the rest is interaction and chance.</p>"
+        f"<table>{''.join(lines)}</table></section>"
     )
 
 
@@ -135,7 +138,8 @@ def _parallel(rows: Sequence[Row], metric: str) -> str:
             shown = [low, high]
         else:
             place = {v: n / (len(levels) - 1) if len(levels) > 1 else 0.5 for n, v in enumerate(levels)}
-            shown = levels
+            count = min(len(levels), MARKS)
+            shown = [levels[round(n * (len(levels) - 1) / max(count - 1, 1))] for n in range(count)]
         heights.append([height - bottom - place[v] * (height - top - bottom) for v in values])
         marks.append(f'<line class="grid" x1="{x:.0f}" x2="{x:.0f}" y1="{top}" y2="{height - bottom}"/>')
         marks.append(f'<text class="tick" x="{x:.0f}" y="16" text-anchor="middle">{escape(key)}</text>')

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vit_flax.files import write_atomically
-from vit_flax.sweep.points import Sweep, point_name, varying
+from vit_flax.sweep.points import Sweep, varying
 from vit_flax.sweep.run import point_workdir, read_result
 
 SEED = "run.seed"
@@ -95,11 +95,6 @@ class Setting:
     rows: tuple[Row, ...]
     mean: dict[str, float]
     std: dict[str, float]
-
-    @property
-    def name(self) -> str:
-        """As a point is named, without the seed."""
-        return point_name(self.values)
 
 
 def settings(rows: Sequence[Row], metric: str, larger_is_better: bool) -> list[Setting]:
@@ -187,7 +182,8 @@ def _plain(value: Any) -> str:
 def main_effects(rows: Sequence[Row], metric: str) -> dict[str, float]:
     """How much of the metric's variance each key explains by itself: variance of the means of its values / total.
 
-    Empty for a search that stopped points early: what is left is a choice of the metric itself.
+    Empty for a search that stopped points early: what is left is a choice of the metric itself. A key whose values are
+    drawn, so that most occur once, is cut into quarters; of less than eight points nothing can be said about it.
 
     Source: first-order Sobol indices, estimated on the points of the sweep (Saltelli et al. 2008, section 1.2.10);
     exact for a full grid.
@@ -199,10 +195,21 @@ def main_effects(rows: Sequence[Row], metric: str) -> dict[str, float]:
         return {}
     effects: dict[str, float] = {}
     for key in done[0].values:
-        groups: dict[str, list[float]] = {}
-        for row in done:
-            groups.setdefault(repr(row.values[key]), []).append(row.metrics[metric])
+        groups: dict[Any, list[float]] = {}
+        for row, level in zip(done, _levels([row.values[key] for row in done])):
+            groups.setdefault(level, []).append(row.metrics[metric])
+        if len(groups) == len(done):
+            continue
         means = [(statistics.fmean(values), len(values)) for values in groups.values()]
         centre = statistics.fmean([row.metrics[metric] for row in done])
         effects[key] = sum(n * (mean - centre) ** 2 for mean, n in means) / len(done) / total
     return dict(sorted(effects.items(), key=lambda item: -item[1]))
+
+
+def _levels(values: Sequence[Any]) -> list[Any]:
+    distinct = {repr(value): value for value in values}
+    drawn = len(values) >= 8 and 2 * len(distinct) > len(values)
+    if not drawn or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in distinct.values()):
+        return [repr(value) for value in values]
+    ranks = {key: i for i, key in enumerate(sorted(distinct, key=lambda key: distinct[key]))}
+    return [4 * ranks[repr(value)] // len(distinct) for value in values]
