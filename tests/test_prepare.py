@@ -72,7 +72,7 @@ def test_only_one_process_writes_a_folder(folder, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     code = (
-        f"import fcntl, os; fcntl.flock(os.open({str(out)!r}, os.O_RDONLY), fcntl.LOCK_EX); print(flush=True); input()"
+        f"import fcntl, os; fcntl.flock(os.open({str(out)!r}, os.O_RDONLY), fcntl.LOCK_SH); print(flush=True); input()"
     )
     arguments = dict(splits=["val"], out=out, short_side_px=20, num_workers=1)
     source = {"name": "folder", "root": folder}
