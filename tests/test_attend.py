@@ -171,9 +171,11 @@ def test_cudnn_is_lowered_in_both_directions(gpu, queries):
     gpu()
     q, k = (jax.ShapeDtypeStruct((2, n, 3, 64), jnp.bfloat16) for n in (queries, 8 if queries == 8 else 197))
     function = jax.jit(lambda *x: jax.vjp(attend, *x)[1](x[0]))
-    text = function.trace(q, k, k).lower(lowering_platforms=("cuda",)).as_text()
-    assert "__cudnn$fmhaSoftmax(" in text
-    assert "__cudnn$fmhaSoftmaxBackward(" in text
+    members = [jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in (q, k, k)]  # as of a vmapped sweep
+    for lowered in (function.trace(q, k, k), jax.jit(jax.vmap(function)).trace(*members)):
+        text = lowered.lower(lowering_platforms=("cuda",)).as_text()
+        assert "__cudnn$fmhaSoftmax(" in text
+        assert "__cudnn$fmhaSoftmaxBackward(" in text
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full", "offload"])

@@ -45,11 +45,12 @@ def _fused(q: Array, k: Array, v: Array) -> Array:
     For odd numbers JAX refuses the backward pass, as if there were a bias (jax 0.10 to 0.12 at least; cuDNN cannot do
     those). What is added to make them even is masked by the lengths.
     """
-    b, queries, keys = *q.shape[:2], k.shape[1]
-    lengths = {}
+    queries, keys, lengths = q.shape[1], k.shape[1], {}
     if queries % 2 or keys % 2:
-        lengths["query_seq_lengths"] = jnp.full((b,), queries, jnp.int32)
-        lengths["key_value_seq_lengths"] = jnp.full((b,), keys, jnp.int32)
+        # They depend on q, so that under vmap every member has its own: JAX's rule for batches cannot do without.
+        one = q[:, 0, 0, 0] == 0
+        lengths["query_seq_lengths"] = jnp.where(one, jnp.int32(queries), jnp.int32(queries))
+        lengths["key_value_seq_lengths"] = jnp.where(one, jnp.int32(keys), jnp.int32(keys))
         q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
     with jax.numpy_dtype_promotion("standard"):
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **lengths)[:, :queries]
