@@ -98,6 +98,7 @@ def test_layers_choose_scan_loop_or_unrolling():
         return Case("mu/16", 2, "train", "float32", layers=layers).model()
 
     assert (model("scan").scan, model("scan").scan_unroll) == (True, 1)
+    assert (model("auto").scan, model("auto").scan_unroll) == (True, None)
     assert model("loop").scan is False
     assert (model("4").scan, model("4").scan_unroll) == (True, 4)
 

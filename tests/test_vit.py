@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from vit_flax.models import SIZES, ViT, make_model
 from vit_flax.models.attend import IMPLEMENTATIONS
@@ -18,6 +19,14 @@ from vit_flax.models.layers import ACTIVATIONS
 from vit_flax.models.patches import patchify
 from vit_flax.models.posemb import FIXED_TABLES, ROPES
 from vit_flax.models.vit import MLPS, RAMPS, REMAT
+
+
+def all_equations(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jaxprs_in_params(eqn.params):
+            yield from all_equations(inner)
+
 
 TINY = dict(num_classes=5, patch_size=4, width=16, depth=2, mlp_dim=24, num_heads=2)
 B, H, W, L, D = 3, 8, 12, 2, 16
@@ -401,6 +410,20 @@ def test_on_cpus_the_scan_keeps_a_blocks_input_and_the_results_of_its_products(d
     assert [collections.Counter(loop) for loop in loops] == [expected, expected]
 
 
+@pytest.mark.parametrize(
+    ("backend", "fields", "turn"),
+    [("cpu", {}, 1), ("gpu", {}, 4), ("gpu", dict(depth=30), 12), ("gpu", dict(scan_unroll=2), 2), ("tpu", {}, 1)],
+)
+def test_blocks_per_turn_of_the_scan(monkeypatch, backend, fields, turn):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    model = ViT(**{**TINY, "depth": 4, "attention_impl": "xla", **fields})
+    jaxpr = jax.make_jaxpr(lambda: model.init(jax.random.key(0), jnp.zeros((1, H, W, 3)), train=False))()
+    (scan,) = [
+        eqn for eqn in all_equations(jaxpr) if eqn.primitive.name == "scan" and eqn.params["length"] == model.depth
+    ]
+    assert scan.params["unroll"] == turn
+
+
 def test_remat_auto_is_dots_for_a_scan_on_the_cpu_and_nothing_else(monkeypatch):
     def program(**fields):
         model = tiny(**fields, attention_impl="xla")
@@ -411,7 +434,7 @@ def test_remat_auto_is_dots_for_a_scan_on_the_cpu_and_nothing_else(monkeypatch):
     assert program(scan=True) == choices[True]["dots"]
     assert program(scan=False) == choices[False]["none"]
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert program(scan=True) == choices[True]["none"]
+    assert program(scan=True, scan_unroll=1) == choices[True]["none"]
 
 
 def test_images_equal_the_sequences_cut_from_them(plain):

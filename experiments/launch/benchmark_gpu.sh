@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
 # What one GPU does: the goals first, then the choices, then the rest. Lines of JSON as they come, tables in between; what
-# does not fit into its memory is left out. Each command can be run by itself. Needs jax[cuda12], flax, optax, numpy and
-# absl-py; torch, timm and transformers where the peers are wanted. Not run: no GPU (about 15 minutes, as estimated from the
-# number of programs).
+# does not fit into its memory is left out. Each command can be run by itself: a program takes 20 to 30 seconds to compile,
+# the whole script, not run in one piece so far, about 15 minutes. Needs jax[cuda12], flax, optax, numpy and absl-py; torch,
+# timm and transformers where the peers are wanted.
 #
-#   experiments/launch/benchmark_gpu.sh | tee gpu.txt
+#   experiments/launch/benchmark_gpu.sh 2>&1 | tee gpu.txt
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 run() {
-  printf '\n=== %s\n' "$*"
+  printf '\n=== %s %s\n' "${XLA_FLAGS:-}" "$*"
   "${PYTHON:-.venv/bin/python}" -m vit_flax.benchmark --dtype bfloat16 --rounds 5 "$@"
 }
 run --variant B/16 --batch 128 --mode train,forward --peers                                # the ratios to others
-run --variant B/16 --batch 256 --mode train --layers scan,4,loop --remat none,dots         # the choices, each by itself
+run --variant B/16 --batch 256 --mode train --layers auto,scan,loop --remat none,dots      # the choices
 run --variant B/16 --batch 256 --mode train,forward --attention auto,xla
 run --variant S/16 --batch 512 --mode train,forward
 run --variant L/16 --batch 128 --mode train,forward --remat none,dots

@@ -29,7 +29,7 @@ _BATCH = flags.DEFINE_list("batch", ["8"], "Images per step.")
 _MODE = flags.DEFINE_list("mode", ["forward"], "forward, train (the step alone), loop (with batches from the host).")
 _DTYPE = flags.DEFINE_list("dtype", ["float32"], "float32, bfloat16.")
 _ATTENTION = flags.DEFINE_list("attention", ["auto"], "auto, xla, cudnn, cpu.")
-_LAYERS = flags.DEFINE_list("layers", ["scan"], "scan, loop, or a number of blocks per turn of the scan.")
+_LAYERS = flags.DEFINE_list("layers", ["auto"], "auto, scan, loop, or a number of blocks per turn of the scan.")
 _REMAT = flags.DEFINE_list("remat", ["auto"], "auto, none, dots, full, offload.")
 _IMAGE_PX = flags.DEFINE_integer("image_px", 224, "Side of the images.")
 _NUM_CLASSES = flags.DEFINE_integer("num_classes", 1000, "Classes.")
@@ -71,7 +71,7 @@ def cases_of_flags() -> list[Any]:
     for dtype in _DTYPE.value:
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"--dtype={dtype} is unknown: expected float32 or bfloat16.")
-    for name, values, words in (("layers", _LAYERS.value, ("scan", "loop")), ("batch", _BATCH.value, ())):
+    for name, values, words in (("layers", _LAYERS.value, ("auto", "scan", "loop")), ("batch", _BATCH.value, ())):
         for value in values:
             if value not in words and not (value.isdigit() and int(value) > 0):
                 raise ValueError(f"--{name}={value}: expected {', '.join([*words, 'a positive whole number'])}.")
@@ -148,7 +148,7 @@ def start_peers(cases: list[Any]) -> dict[Any, Any]:
     for name in installed():
         for case in cases:
             # What only we can choose is set to one value, so that each peer is measured once.
-            peer = dataclasses.replace(case, library=name, attention="auto", layers="scan", remat="auto")
+            peer = dataclasses.replace(case, library=name, attention="auto", layers="auto", remat="auto")
             if peer not in peers and case.mode != "loop":
                 with measure.left_out():
                     peers[peer] = Peer(peer)

@@ -34,7 +34,8 @@ class Case:
         batches that come from the host, one ahead, and metrics that are fetched one step late.
       dtype: "float32" or "bfloat16".
       attention: a key of `models.attend.IMPLEMENTATIONS`.
-      layers: "scan", "loop", or the number of blocks that one turn of the scan holds.
+      layers: "auto", as the model has it by default; "scan", block by block; "loop"; or the number of blocks that one
+        turn of the scan holds.
       remat: "auto" or a key of `models.vit.REMAT`.
       image_px: side of the square image.
       num_classes: of the head.
@@ -47,7 +48,7 @@ class Case:
     mode: str
     dtype: str
     attention: str = "auto"
-    layers: str = "scan"
+    layers: str = "auto"
     remat: str = "auto"
     image_px: int = 224
     num_classes: int = 1000
@@ -65,13 +66,14 @@ class Case:
         """The model."""
         fields: dict[str, Any] = {} if self.depth is None else {"depth": self.depth}
         scan = self.layers != "loop"
+        unroll = {"auto": None, "loop": None, "scan": 1}
         return ViT.from_variant(
             self.variant,
             num_classes=self.num_classes,
             dtype=self.dtype,
             attention_impl=self.attention,
             scan=scan,
-            scan_unroll=int(self.layers) if self.layers not in ("scan", "loop") else 1,
+            scan_unroll=unroll[self.layers] if self.layers in unroll else int(self.layers),
             remat=self.remat,
             **fields,
         )
