@@ -124,6 +124,12 @@ def test_what_is_due_at_the_end_is_not_due_just_before_it(every, parts, steps_pe
     assert math.ceil(total / distance) <= parts
 
 
+@pytest.mark.parametrize("steps_per_epoch", [1251.14, 22.1, 22.47, 0.3])
+def test_what_is_kept_is_among_what_is_saved(steps_per_epoch):
+    steps = in_steps("checkpoint", {"keep_every_epochs": 3.0, "every_epochs": 1.0}, steps_per_epoch)
+    assert steps["keep_every_steps"] == 3 * steps["every_steps"]
+
+
 def test_schedule_free_is_evaluated_at_its_average(tmp_path):
     config = schedule_free()
     state, results = train(config, tmp_path)

@@ -1,6 +1,7 @@
 """Remote addresses, with an in-memory file system and a stand-in for the hub; nothing here touches a network."""
 
 import gc
+import json
 import sys
 import types
 from pathlib import Path
@@ -49,13 +50,35 @@ def test_a_file_comes_with_what_is_needed_to_read_it(tmp_path):
     assert sorted(file.name for file in Path(fetched.path).parent.iterdir()) == ["config.json", "model.safetensors"]
     assert load_pretrained("memory://bucket/two/model.safetensors").report.family == "vit_flax"
 
-    shard, index = tmp_path / "model.safetensors.index.json", tmp_path / "own" / "other.safetensors"
-    index.rename(tmp_path / "own" / "shard.safetensors")
-    shard.write_text('{"weight_map": {"a": "shard.safetensors"}}')
-    put(shard, at="/bucket/two")
-    put(tmp_path / "own", at="/bucket/two")
+    index = {"weight_map": {"a": "sub/1.safetensors", "b": "2.safetensors", "c": "../outside.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    put(tmp_path / "model.safetensors.index.json", at="/bucket/two")
+    for name in ("two/sub/1.safetensors", "two/2.safetensors", "outside.safetensors"):
+        fsspec.filesystem("memory").pipe_file(f"/bucket/{name}", b"")
     fetched = remote.fetch("memory://bucket/two/model.safetensors.index.json")
-    assert (Path(fetched.path).parent / "shard.safetensors").exists()
+    folder = Path(fetched.path).parent
+    assert {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()} == {
+        "model.safetensors.index.json",
+        "sub/1.safetensors",
+        "2.safetensors",
+    }
+
+
+def test_a_server_that_forbids_to_ask_for_more_gives_the_file(tmp_path, monkeypatch):
+    put(CHECKPOINT, at="/bucket")
+    get = type(fsspec.filesystem("memory")).get_file
+
+    def only_weights(self, path, *rest, **options):
+        if path.endswith(".json"):
+            raise PermissionError("403")
+        return get(self, path, *rest, **options)
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "get_file", only_weights)
+    save_pretrained(tmp_path / "own", *_model(), family="npz")
+    assert load_pretrained("memory://bucket/vit_jax_prelinen.ckpt.npz").report.loaded
+    put(tmp_path / "own" / "model.npz", at="/bucket/three")
+    fsspec.filesystem("memory").pipe_file("/bucket/three/x.safetensors", b"")
+    assert Path(remote.fetch("memory://bucket/three/x.safetensors", beside=["config.json"]).path).exists()
 
 
 def test_nothing_at_the_address():
@@ -74,15 +97,19 @@ def test_hub_addresses_name_repository_revision_and_file(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=download))
     for address in ("hf://owner/name", "hf://owner/name/model.safetensors"):
         assert load_pretrained(address).report.path == address
-    for file in ("sub/a.safetensors", "model.safetensors.index.json"):
+    for file in ("sub/a.safetensors",):
         with pytest.raises(FileNotFoundError, match=f"hf://owner/name@v2/{file}: there is no such file in the repos"):
             remote.fetch(f"hf://owner/name@v2/{file}", beside=["config.json"])
+    index = {"weight_map": {"a": "1.safetensors", "b": "sub/2.safetensors"}}
+    (tmp_path / "own" / "model.safetensors.index.json").write_text(json.dumps(index))
+    remote.fetch("hf://owner/name/model.safetensors.index.json")
     configs = ["config.json", "preprocessor_config.json", "processor_config.json"]
     assert calls == [
         ("owner/name", None, ["*.json", "*.safetensors", "*.npz"]),
         ("owner/name", None, ["model.safetensors", *configs]),
         ("owner/name", "v2", ["sub/a.safetensors", "sub/config.json"]),
-        ("owner/name", "v2", ["model.safetensors.index.json", "config.json", "*.safetensors"]),
+        ("owner/name", None, ["model.safetensors.index.json"]),
+        ("owner/name", None, ["1.safetensors", "sub/2.safetensors"]),
     ]
 
 

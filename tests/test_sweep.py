@@ -55,7 +55,8 @@ def test_names_say_what_varies():
         ([{"optm.lr": 1}], r"no key 'optm\.lr'\. Did you mean 'optim\.lr'\?"),
         ([{"optim.lr.x": 1}], r"no key 'optim\.lr\.x'"),
         ([{"evals.test": 1}], r"no key 'evals\.test'"),
-        ([{"sinks": {}}], r"no key 'sinks'.*A section that it leaves out"),
+        ([{"sinks.csv": 1}], r"no key 'sinks\.csv'.*A section that it leaves out"),
+        ([{}, {"evals.extra": {"type": "classification"}}], r"point 1: 'evals\.extra' is given a whole section"),
         ([{"optim.lr": "high"}], "high"),
         ([{"run.seed": 1}, {"run.seed": 2}, {"run.seed": 1}], "points 0 and 2 are the same"),
         ([], "no points"),
@@ -259,7 +260,14 @@ def test_what_decides_among_drawn_values_is_not_every_key():
     assert effects["x"] == pytest.approx(15 / 16, abs=0.01)  # what the means of four quarters explain of a line
     assert effects["noise"] < 0.3
     assert "id" not in effects
-    assert results.main_effects(rows_of({"x": x[:5]}, x[:5]), "m") == {}
+    some = [v if i % 6 else "default" for i, v in enumerate(noise)]  # a key that not all trials set
+    twice = rng.permutation([i // 2 for i in range(40)]).tolist()
+    texts = [f"i{max(i, 1)}" for i in range(40)]
+    effects = results.main_effects(rows_of({"some": some, "twice": twice, "texts": texts}, x), "m")
+    assert effects["some"] < 0.35
+    assert effects["twice"] < 0.35
+    assert "texts" not in effects
+    assert results.main_effects(rows_of({"x": [*x[:6], x[0]]}, x[:7]), "m") == {}
 
 
 def test_the_page_of_a_search_can_be_read(tmp_path):

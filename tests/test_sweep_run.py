@@ -202,9 +202,11 @@ def test_ctrl_c_in_a_terminal_saves_every_point_and_the_same_command_goes_on(tmp
         assert (result["status"], result["step"]) == ("done", 1000)
 
 
-@pytest.mark.parametrize(("visible", "pairs"), [("", {"0,1", "2,3"}), ("7,5,3,1", {"7,5", "3,1"})])
+@pytest.mark.parametrize(("visible", "pairs"), [(None, {"0,1", "2,3"}), ("7,5,3,1", {"7,5", "3,1"})])
 def test_processes_at_once_have_gpus_of_their_own(visible, pairs, tmp_path, processes, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
 
     def train(task, workdir):
         import os
@@ -231,6 +233,9 @@ def test_processes_at_once_have_gpus_of_their_own(visible, pairs, tmp_path, proc
 
 
 def test_more_gpus_than_there_are(tmp_path, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
-    with pytest.raises(ConfigError, match="2 jobs with gpus_per_node=2 need 4 GPUs, and CUDA_VISIBLE_DEVICES=0,1,2"):
-        start(make_points(1), tmp_path, jobs=2, gpus_per_node=2)
+    for visible in ("0,1,2", ""):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        with pytest.raises(
+            ConfigError, match=f"2 jobs with gpus_per_node=2 need 4 GPUs, and CUDA_VISIBLE_DEVICES={visible}"
+        ):
+            start(make_points(1), tmp_path, jobs=2, gpus_per_node=2)

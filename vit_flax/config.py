@@ -156,7 +156,7 @@ def in_steps(name: str, section: Mapping[str, Any], steps_per_epoch: float) -> d
     """The section with every duration `<x>_epochs` turned into `<x>_steps`, to the nearest step.
 
     Distances (`every_epochs`) are rounded up, so that n of them do not end a step or two before n times as many epochs:
-    what is due at the end of a run would be done twice.
+    what is due at the end of a run would be done twice. `keep_every_epochs` is a multiple of that of saves.
 
     Raises: ConfigError: one duration given in both units, or one that is no number of epochs.
     """
@@ -170,6 +170,9 @@ def in_steps(name: str, section: Mapping[str, Any], steps_per_epoch: float) -> d
                 raise ConfigError(f"{name}.{key}={value!r}: expected {NOT_NEGATIVE.expected}, in epochs.")
             exact = (value or 0) * steps_per_epoch
             number = math.ceil(exact - 1e-6) if key == "every_epochs" else round(exact)
+            if key == "keep_every_epochs" and section.get("every_epochs"):
+                saves = max(1, round((value or 0) / section["every_epochs"]))
+                number = saves * max(1, math.ceil(section["every_epochs"] * steps_per_epoch - 1e-6))
             out[steps] = None if value is None else max(1, number) if value else 0
         else:
             out[key] = value

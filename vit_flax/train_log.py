@@ -102,7 +102,7 @@ class TrainLog:
         for step in values:
             for name, value in step.items():
                 total, count = self._sums.get(name, (0.0, 0))
-                # What is not finite belongs to a step that changed nothing, and is reported apart.
+                # Where the loss is not finite the step changed nothing, and is reported apart.
                 self._sums[name] = (total + float(value), count + 1) if math.isfinite(value) else (total, count)
 
     def _at(self, step: int) -> dict[str, float]:

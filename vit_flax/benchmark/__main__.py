@@ -113,9 +113,9 @@ def compare_group(cases: list[Any]) -> list[dict[str, Any]]:
     runners = ours | peers
     model = cases[0].model()
     tokens = max(case.batch * ((case.image_px // model.patch_size) ** 2 + 1) for case in cases)
-    matmuls = measure.ceilings({cases[0].dtype}, tokens, model.width, model.mlp_dim)
     by_name = {case.name: runner for case, runner in runners.items()}
     try:
+        matmuls = measure.ceilings({cases[0].dtype}, tokens, model.width, model.mlp_dim)
         seconds = measure.take_turns({**by_name, **matmuls}, rounds=_ROUNDS.value, min_seconds=_MIN_SECONDS.value)
     finally:
         for peer in peers.values():

@@ -27,7 +27,7 @@ def row(
       seconds: per step, one entry per round.
       ceiling_gflops: the machine's own matmul rate in this dtype, measured in the same rounds.
       versus_first: speed over that of the first case, median of the rounds.
-      compile_seconds: of tracing, compiling and the first step.
+      compile_seconds: of tracing and compiling; of a peer, of building the model and its first step.
       memory_bytes: of the program; None where the library does not say.
     """
     step = statistics.median(seconds)

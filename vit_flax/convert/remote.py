@@ -3,9 +3,11 @@
 Nothing here runs unless the user gave such an address.
 """
 
+import contextlib
 import fnmatch
 import glob
 import importlib
+import json
 import shutil
 import tempfile
 import weakref
@@ -61,12 +63,14 @@ def _from_hub(address: str, beside: Sequence[str]) -> Fetched:
     patterns = list(PATTERNS)
     if file:
         folder, slash, last = file[0].rpartition("/")
-        shards = ["*.safetensors"] if last.endswith(INDEX) else []
-        patterns = [glob.escape(folder) + slash + pattern for pattern in (glob.escape(last), *beside, *shards)]
+        patterns = [glob.escape(folder + slash + each) for each in (last, *beside)]
     root = hub.snapshot_download(f"{owner}/{name}", revision=revision or None, allow_patterns=patterns)
     path = Path(root, *file)
     if file and not path.is_file():
-        raise FileNotFoundError(f"{address}: there is no such file in the repository.")
+        raise FileNotFoundError(f"{address}: there is no such file in the repository, or it is not in the cache.")
+    if file and (shards := _shards(path)):
+        patterns = [glob.escape(folder + slash + each) for each in shards]
+        hub.snapshot_download(f"{owner}/{name}", revision=revision or None, allow_patterns=patterns)
     return Fetched(str(path))
 
 
@@ -77,21 +81,31 @@ def _through_fsspec(address: str, beside: Sequence[str]) -> Fetched:
     temporary = tempfile.mkdtemp(prefix="vit_flax_")
     fetched = Fetched(temporary, temporary)
     if files.isdir(path):
-        wanted = _listed(files, path, PATTERNS)
-    else:
-        folder, slash, last = path.rpartition("/")
-        # Not every file system can list a folder (https cannot): what may be there is asked for by its name.
-        wanted = [path, *(f"{folder}{slash}{name}" for name in beside if files.exists(f"{folder}{slash}{name}"))]
-        wanted += _listed(files, folder, ["*.safetensors"]) if last.endswith(INDEX) else []
-        fetched.path = f"{temporary}/{last}"
-    for file in wanted:
-        files.get_file(file, f"{temporary}/{Path(file).name}")
+        for file in files.ls(path, detail=False):
+            if any(fnmatch.fnmatch(Path(file).name, pattern) for pattern in PATTERNS):
+                files.get_file(file, f"{temporary}/{Path(file).name}")
+        return fetched
+    folder, slash, last = path.rpartition("/")
+    fetched.path = f"{temporary}/{last}"
+    files.get_file(path, fetched.path)
+    for name in () if last.endswith(".npz") else beside:
+        with contextlib.suppress(OSError):  # not there; some say so by forbidding to ask
+            files.get_file(f"{folder}{slash}{name}", f"{temporary}/{name}")
+    for name in _shards(Path(fetched.path)):
+        Path(temporary, name).parent.mkdir(parents=True, exist_ok=True)
+        files.get_file(f"{folder}{slash}{name}", f"{temporary}/{name}")
     return fetched
 
 
-def _listed(files: Any, folder: str, patterns: Sequence[str]) -> list[str]:
-    names = files.ls(folder, detail=False)
-    return [file for file in names if any(fnmatch.fnmatch(Path(file).name, pattern) for pattern in patterns)]
+def _shards(index: Path) -> list[str]:
+    """The files that an index names below its folder; none of another file. What is wrong with one, its reader says."""
+    if not index.name.endswith(INDEX):
+        return []
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return []
+    return sorted(n for n in names if isinstance(n, str) and not Path(n).is_absolute() and ".." not in Path(n).parts)
 
 
 def _require(library: str) -> Any:

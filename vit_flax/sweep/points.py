@@ -171,6 +171,8 @@ def _override(base: ConfigDict, overrides: Mapping[str, Any], where: str) -> dic
     known = flatten(base.to_dict())
     added = {}
     for key, value in overrides.items():
+        if isinstance(value, Mapping):
+            raise ConfigError(f"{where}: {key!r} is given a whole section; give its keys one by one, {key}.NAME.")
         if key in known:
             continue
         *sections, name = key.split(".")

@@ -182,11 +182,12 @@ def _plain(value: Any) -> str:
 def main_effects(rows: Sequence[Row], metric: str) -> dict[str, float]:
     """How much of the metric's variance each key explains by itself: variance of the means of its values / total.
 
-    Empty for a search that stopped points early: what is left is a choice of the metric itself. A key whose values are
-    drawn, so that most occur once, is cut into quarters; of less than eight points nothing can be said about it.
+    Empty for a search that stopped points early: what is left is a choice of the metric itself. Numbers that are drawn,
+    with so many values that there are less than three points to each, are cut into quarters; a key that has less
+    than two points to a value even then says nothing, and is left out.
 
     Source: first-order Sobol indices, estimated on the points of the sweep (Saltelli et al. 2008, section 1.2.10);
-    exact for a full grid.
+    exact for a full grid of few values.
     """
     done = [row for row in rows if row.status == "done" and math.isfinite(row.metrics.get(metric, math.nan))]
     if any(row.status == "stopped" for row in rows):
@@ -198,7 +199,7 @@ def main_effects(rows: Sequence[Row], metric: str) -> dict[str, float]:
         groups: dict[Any, list[float]] = {}
         for row, level in zip(done, _levels([row.values[key] for row in done])):
             groups.setdefault(level, []).append(row.metrics[metric])
-        if len(groups) == len(done):
+        if 2 * len(groups) > len(done):
             continue
         means = [(statistics.fmean(values), len(values)) for values in groups.values()]
         centre = statistics.fmean([row.metrics[metric] for row in done])
@@ -207,9 +208,8 @@ def main_effects(rows: Sequence[Row], metric: str) -> dict[str, float]:
 
 
 def _levels(values: Sequence[Any]) -> list[Any]:
-    distinct = {repr(value): value for value in values}
-    drawn = len(values) >= 8 and 2 * len(distinct) > len(values)
-    if not drawn or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in distinct.values()):
+    numbers = sorted({v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)})
+    if len(numbers) <= 4 or 3 * len({repr(v) for v in values}) <= len(values):
         return [repr(value) for value in values]
-    ranks = {key: i for i, key in enumerate(sorted(distinct, key=lambda key: distinct[key]))}
-    return [4 * ranks[repr(value)] // len(distinct) for value in values]
+    quarters = {v: 4 * i // len(numbers) for i, v in enumerate(numbers)}
+    return [quarters.get(v, repr(v)) if not isinstance(v, (bool, list)) else repr(v) for v in values]

@@ -104,7 +104,7 @@ def run(
       launcher_options: parameters of submitit, such as {"slurm_partition": "gpu", "gpus_per_node": 1}.
       say: takes a line about each task that ends.
 
-    Raises: ConfigError: fewer GPUs are visible than the tasks need.
+    Raises: ConfigError: CUDA_VISIBLE_DEVICES has fewer GPUs than the tasks need.
       ModuleNotFoundError: submitit is not installed; says how to.
     """
     free = _gpus(launcher, launcher_options, jobs)
@@ -243,7 +243,9 @@ def _gpus(launcher: str, options: Mapping[str, Any], jobs: int) -> list[str]:
     """For each of the tasks that run at once on this machine, the GPUs that only it sees; Slurm allots them itself."""
     each = options.get("gpus_per_node", 0) if launcher == "local" else 0
     mine = os.environ.get("CUDA_VISIBLE_DEVICES")
-    there = mine.split(",") if mine else [str(number) for number in range(jobs * each)]
+    there = (
+        [gpu for gpu in mine.split(",") if gpu] if mine is not None else [str(number) for number in range(jobs * each)]
+    )
     if len(there) < jobs * each:
         raise ConfigError(
             f"{jobs} jobs with gpus_per_node={each} need {jobs * each} GPUs, and CUDA_VISIBLE_DEVICES={mine}."
