@@ -60,17 +60,18 @@ def _from_hub(address: str, beside: Sequence[str]) -> Fetched:
     hub = _require("huggingface_hub")
     owner, name, *file = address.removeprefix("hf://").split("/", 2)
     name, _, revision = name.partition("@")
-    patterns = list(PATTERNS)
-    if file:
-        folder, slash, last = file[0].rpartition("/")
-        patterns = [glob.escape(folder + slash + each) for each in (last, *beside)]
-    root = hub.snapshot_download(f"{owner}/{name}", revision=revision or None, allow_patterns=patterns)
-    path = Path(root, *file)
+    folder, slash, last = "/".join(file).rpartition("/")
+
+    def download(names: Sequence[str]) -> Path:
+        patterns = [glob.escape(folder + slash + each) for each in names] if file else list(PATTERNS)
+        root = hub.snapshot_download(f"{owner}/{name}", revision=revision or None, allow_patterns=patterns)
+        return Path(root, *file)
+
+    path = download([last, *beside])
     if file and not path.is_file():
         raise FileNotFoundError(f"{address}: there is no such file in the repository, or it is not in the cache.")
-    if file and (shards := _shards(path)):
-        patterns = [glob.escape(folder + slash + each) for each in shards]
-        hub.snapshot_download(f"{owner}/{name}", revision=revision or None, allow_patterns=patterns)
+    if shards := _shards(path):
+        download(shards)
     return Fetched(str(path))
 
 
