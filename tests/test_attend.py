@@ -186,4 +186,4 @@ def test_a_model_with_a_class_token_trains_on_cudnn(gpu, remat):
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
     loss = jax.jit(jax.grad(lambda params: model.apply(params, images, train=False)[0].astype("float32").sum()))
     text = loss.trace(params).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("__cudnn$fmhaSoftmaxBackward(") == 1
+    assert "__cudnn$fmhaSoftmaxBackward(" in text
