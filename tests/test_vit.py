@@ -424,6 +424,14 @@ def test_blocks_per_turn_of_the_scan(monkeypatch, backend, fields, turn):
     assert scan.params["unroll"] == turn
 
 
+@pytest.mark.parametrize(("unroll", "scan", "prevents"), [(1, True, False), (2, True, True), (1, False, True)])
+def test_what_is_computed_again_is_not_merged_with_the_first_time_outside_a_loop(unroll, scan, prevents):
+    model = tiny(scan=scan, scan_unroll=unroll, remat="full")
+    jaxpr = jax.make_jaxpr(loss_and_gradients(model))(random_params(model), images())
+    found = {eqn.params["prevent_cse"] for eqn in all_equations(jaxpr) if "prevent_cse" in eqn.params}
+    assert found == {prevents}
+
+
 def test_remat_auto_is_dots_for_a_scan_on_the_cpu_and_nothing_else(monkeypatch):
     def program(**fields):
         model = tiny(**fields, attention_impl="xla")

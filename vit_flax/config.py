@@ -160,7 +160,6 @@ def in_steps(name: str, section: Mapping[str, Any], steps_per_epoch: float) -> d
 
     Raises: ConfigError: one duration given in both units, or one that is no number of epochs.
     """
-    out = {}
     for key, value in section.items():
         if key.endswith("_epochs"):
             steps = key.removesuffix("_epochs") + "_steps"
@@ -168,12 +167,20 @@ def in_steps(name: str, section: Mapping[str, Any], steps_per_epoch: float) -> d
                 raise ConfigError(f"{name} gives both {key} and {steps}: remove one of them.")
             if not (value is None or NOT_NEGATIVE.allows(value)):
                 raise ConfigError(f"{name}.{key}={value!r}: expected {NOT_NEGATIVE.expected}, in epochs.")
-            exact = (value or 0) * steps_per_epoch
-            number = math.ceil(exact - 1e-6) if key == "every_epochs" else round(exact)
-            if key == "keep_every_epochs" and section.get("every_epochs"):
-                saves = max(1, round((value or 0) / section["every_epochs"]))
-                number = saves * max(1, math.ceil(section["every_epochs"] * steps_per_epoch - 1e-6))
-            out[steps] = None if value is None else max(1, number) if value else 0
+
+    def to_steps(key: str, epochs: float) -> int:
+        every = section.get("every_epochs")
+        if key == "every_epochs":
+            return math.ceil(epochs * steps_per_epoch - 1e-6)
+        if key == "keep_every_epochs" and every:
+            return max(1, round(epochs / every)) * max(1, to_steps("every_epochs", every))
+        return round(epochs * steps_per_epoch)
+
+    out = {}
+    for key, value in section.items():
+        if key.endswith("_epochs"):
+            number = None if value is None else max(1, to_steps(key, value)) if value else 0
+            out[key.removesuffix("_epochs") + "_steps"] = number
         else:
             out[key] = value
     return out

@@ -78,13 +78,11 @@ def cases_of_flags() -> list[Any]:
     product = itertools.product(
         _VARIANT.value, _BATCH.value, _MODE.value, _DTYPE.value, _ATTENTION.value, _LAYERS.value, _REMAT.value
     )
-    cases = [
+    return [
         Case(v, int(b), m, d, a, s, r, image_px=_IMAGE_PX.value, num_classes=_NUM_CLASSES.value)
         for v, b, m, d, a, s, r in product
+        if m != "forward" or r == _REMAT.value[0]  # without a backward pass `remat` does nothing: one word will do
     ]
-    # Without a backward pass `remat` does nothing: one word will do.
-    words = {case: _REMAT.value[0] if case.mode == "forward" else case.remat for case in cases}
-    return list(dict.fromkeys(dataclasses.replace(case, remat=word) for case, word in words.items()))
 
 
 def compare(cases: list[Any]) -> None:
@@ -205,21 +203,18 @@ def find_batch(case: Any) -> dict[str, Any]:
     import jax
 
     from vit_flax.benchmark import measure
-    from vit_flax.benchmark.cases import Ours, compile_forward, program_bytes, train_program
+    from vit_flax.benchmark.cases import Ours, compile_forward, left_out_if_too_large, program_bytes, train_program
 
     limit, needs = measure.free_memory_bytes(), {}
 
     def fits(batch: int) -> bool:
         sized = dataclasses.replace(case, batch=batch)
         try:
-            needs[batch] = program_bytes(lowering(sized, compile_forward, train_program)().compile())
-            if needs[batch] <= limit and jax.default_backend() != "cpu":
-                Ours(sized).run(1)
+            with left_out_if_too_large(sized):
+                needs[batch] = program_bytes(lowering(sized, compile_forward, train_program)().compile())
+                if needs[batch] <= limit and jax.default_backend() != "cpu":
+                    Ours(sized).run(1)
         except measure.LeftOut:
-            return False
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
             return False
         return needs[batch] <= limit
 

@@ -87,7 +87,7 @@ class Case:
 
 
 class Ours:
-    """A compiled case of this project; see `measure.Runner`. Between its turns it holds nothing but its program.
+    """A compiled case of this project; see `measure.Runner`. Between its turns it holds no arrays.
 
     Raises: LeftOut: it does not fit into the memory.
     """
@@ -95,13 +95,13 @@ class Ours:
     def __init__(self, case: Case):
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
         since = time.perf_counter()
-        with _left_out_if_too_large(case):
+        with left_out_if_too_large(case):
             self.program, self._begin = (_forward if case.mode == "forward" else _train)(case, mesh)
         self._case, self.compile_seconds = case, time.perf_counter() - since
 
     def run(self, steps: int) -> float:
         """Does a step, then so many steps and waits for the last one; returns the seconds of these."""
-        with _left_out_if_too_large(self._case):
+        with left_out_if_too_large(self._case):
             call = self._begin()
             call(1)  # memory is allocated, and what others have left in the caches goes
             since = time.perf_counter()
@@ -114,7 +114,8 @@ class Ours:
 
 
 @contextlib.contextmanager
-def _left_out_if_too_large(case: Case) -> Iterator[None]:
+def left_out_if_too_large(case: Case) -> Iterator[None]:
+    """Turns an error about too little memory into a LeftOut."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:

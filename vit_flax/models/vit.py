@@ -375,9 +375,8 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, "b n d"], dict[str, Array]]:
         """Returns the tokens and what the two branches added to them."""
         out: dict[str, Array] = {}
-        x = saved(
-            x
-        )  # the input too: JAX would keep it as it comes, which for bfloat16 on CPUs is not the form of `keep`
+        # The input too: JAX would keep it as it comes, which for bfloat16 on CPUs is not the form of `keep`.
+        x = saved(x)
         y, weights = self.attention(name="attention")(self.norm(name="norm1")(x), rotation=rotation)
         out["attention"] = self._branch(y, drop_rate, "layer_scale1")
         x = x + out["attention"]
