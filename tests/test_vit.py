@@ -350,6 +350,51 @@ def test_every_pair_of_choices_can_be_combined():
 # Two ways to the same numbers.
 
 
+@pytest.mark.parametrize(
+    ("reads", "fields"),
+    [
+        (1, dict()),
+        (1, dict(scan=False)),
+        (2, dict(pool="tok_dist", dist_token=True)),
+        (1, dict(rope="dinov3", registers=2, posemb="none")),
+        (1, dict(qk_norm=True, layer_scale=0.1, mlp="swiglu", mlp_norm=True, norm_after_pool=True, pre_norm=True)),
+        (1, dict(return_attention=True)),
+        (1, dict(depth=1)),
+        (1, dict(depth=1, scan=False)),
+        (1, dict(depth=4, scan_unroll=2)),
+        (1, dict(remat="none")),
+        (1, dict(remat="full")),
+    ],
+)
+@pytest.mark.parametrize("read_out", [False, True])
+def test_the_last_block_of_the_tokens_that_are_read_equals_that_of_all(reads, fields, read_out):
+    """Features, all of `out` and the gradients are those of a model that reads every token."""
+    fields = {"pool": "tok", "class_token": True, "num_classes": None, **fields}
+
+    def run(pool):
+        model = tiny(**{**fields, "pool": pool})
+
+        def loss(params, x):
+            features, out = model.apply({"params": params}, x, train=False)
+            out = {name: out[name] for name in ("tokens", "blocks", "encoded")}
+            first = features.reshape(B, -1, D)[:, :reads]
+            every = sum(jnp.sum(jnp.cos(x)) for x in jax.tree.leaves(out)) if read_out else 0.0
+            return jnp.sum(jnp.sin(first)) + every, (first, out)
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(random_params(tiny(**fields)), images())
+
+    assert_close(run(fields["pool"]), run("none"), tol=2e-4)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_out_shows_what_was_read_where_numbers_are_drawn(scan):
+    model = tiny(dropout=0.3, attention_dropout=0.3, drop_path=0.5, scan=scan)
+    _, out = training_forward(model)(random_params(model), images(), 0)
+    np.testing.assert_allclose(out["encoded"][:, 0], out["features"], atol=1e-6)
+    residual, attention, mlp = (out["blocks"][name] for name in ("residual", "attention", "mlp"))
+    np.testing.assert_allclose(residual[1], residual[0] + attention[1] + mlp[1], atol=1e-5)
+
+
 def stack_blocks(params: dict) -> dict:
     """Parameters of the loop in the layout of the scan."""
     blocks = [params[f"block_{i}"] for i in range(L)]
@@ -384,7 +429,7 @@ def test_remat_recomputes_what_it_says(scan):
     """Products in the backward pass: "full" repeats all, "dots" that of queries and keys where no sums were kept."""
 
     def products(remat, **fields):
-        model = tiny(scan=scan, remat=remat, **fields)
+        model = tiny(scan=scan, remat=remat, pool="gap", **fields)
         jaxpr = jax.make_jaxpr(loss_and_gradients(model))(random_params(model), images())
         return count(jaxpr, "dot_general")
 
@@ -399,15 +444,18 @@ def test_remat_recomputes_what_it_says(scan):
 
 
 @pytest.mark.parametrize(("dtype", "stored"), [("float32", "f32"), ("bfloat16", "ui16")])
-def test_on_cpus_the_scan_keeps_a_blocks_input_and_the_results_of_its_products(dtype, stored):
+@pytest.mark.parametrize(("pool", "turns"), [("none", 5), ("tok", 4)])
+def test_on_cpus_the_scan_keeps_a_blocks_input_and_the_results_of_its_products(pool, turns, dtype, stored):
     """Stacks of other arrays, or of the same one twice, cost a third of a training step; bfloat16 ones are widened."""
-    model = tiny(depth=5, dtype=dtype)
+    model = tiny(depth=5, dtype=dtype, pool=pool, class_token=True)
     step = jax.jit(jax.grad(lambda params, x: jnp.sum(model.apply({"params": params}, x, train=False)[0])))
     lines = step.lower(random_params(model), images()).as_text().splitlines()
-    loops = [re.findall(r"tensor<5x(3x7x[^>]*|6x7x[^>]*)>", line) for line in lines if "stablehlo.while" in line]
+    loops = [re.findall(rf"tensor<{turns}x(3x7x[^>]*|6x7x[^>]*)>", line) for line in lines if "stablehlo.while" in line]
     input_and_out, query_key_value_and_y, hidden = f"3x7x16x{stored}", f"3x7x2x8x{stored}", f"3x7x24x{stored}"
     expected = {input_and_out: 2, query_key_value_and_y: 4, hidden: 1, "6x7x1xf32": 1}
     assert [collections.Counter(loop) for loop in loops] == [expected, expected]
+    # The parameters stay in the stacks that they have anyway.
+    assert pool == "none" or f"tensor<{turns}x16x24xf32>" not in step.lower(random_params(model), images()).as_text()
 
 
 @pytest.mark.parametrize(
@@ -485,7 +533,7 @@ def test_bfloat16_is_close_to_float32(plain):
 
 def test_what_nobody_reads_of_out_is_not_computed():
     """The stacked [l, b, n, d] outputs are in no buffer of the program that returns the logits only."""
-    model = tiny(depth=5)
+    model = tiny(depth=5, pool="gap", class_token=True)
     params, stacked = random_params(model), "f32[5,3,7,16]"
 
     def loss(params, x):
@@ -497,7 +545,7 @@ def test_what_nobody_reads_of_out_is_not_computed():
 
 def test_training_saves_nothing_for_outputs_that_nobody_reads():
     """Under full remat the scan stacks one [b, n, d] per block for the backward pass, its input, and none of `out`."""
-    model = tiny(depth=5, remat="full")
+    model = tiny(depth=5, remat="full", pool="gap", class_token=True)
 
     def loss(params, x, read_out):
         logits, out = model.apply({"params": params}, x, train=False)
@@ -676,7 +724,7 @@ def test_traced_drop_path_rates_can_be_vmapped():
     ],
 )
 def test_random_numbers_are_drawn_where_a_rate_says_so_and_in_training_only(fields, draws):
-    model = tiny(**fields)
+    model = tiny(**fields, pool="gap")
     params = random_params(model)
     assert count(jax.make_jaxpr(training_forward(model))(params, images(), 0), "random_bits") == draws
     assert count(jax.make_jaxpr(forward(model))(params, images()), "random_bits") == 0

@@ -13,9 +13,17 @@ PoolFn = Callable[[Float[Array, "b n d"]], Float[Array, "b *m"]]
 
 @dataclass(frozen=True)
 class Pool:
-    """How tokens become features: `make(prefix, attention, mlp, norm)` gives a function of the tokens."""
+    """How tokens become features.
+
+    Attributes:
+      make: `make(prefix, attention, mlp, norm)` gives a function of the tokens.
+      reads: how many tokens that function reads, from the first on; None for all.
+      needs_class_token: whether the first token must be the class token.
+      needs_dist_token: whether the second must be the distillation token.
+    """
 
     make: Callable[..., PoolFn]
+    reads: int | None = None
     needs_class_token: bool = False
     needs_dist_token: bool = False
 
@@ -61,12 +69,13 @@ def _map(prefix: int, attention: Callable, mlp: Callable, norm: Callable) -> Poo
 
 
 POOLS: dict[str, Pool] = {
-    "tok": Pool(_tokens(1), needs_class_token=True),  # the class token
+    "tok": Pool(_tokens(1), reads=1, needs_class_token=True),  # the class token
     "gap": Pool(_gap),  # mean over the patches
     "map": Pool(_map),  # attention pooling over the patches
     "none": Pool(lambda **_: lambda x: x),  # every token by itself
     "tok_gap": Pool(_tok_gap, needs_class_token=True),  # class token and mean side by side (DINOv2's linear classifier)
-    "tok_dist": Pool(_tokens(2), needs_class_token=True, needs_dist_token=True),  # two tokens, two heads (DeiT)
+    # Two tokens, two heads (DeiT).
+    "tok_dist": Pool(_tokens(2), reads=2, needs_class_token=True, needs_dist_token=True),
 }
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from vit_flax.models import heads, variants
@@ -180,7 +181,8 @@ class ViT(nn.Module):
             features    [b, d]        pooled
             pre_logits  [b, r]        input of the head
             heads       logits of `token` and `dist` where the pooling is "tok_dist", else empty
-          What nobody reads costs nothing under jit.
+          What nobody reads costs nothing under jit; neither does what the last block would compute for tokens that the
+          pooling does not read: a twelfth of a B/16's arithmetic, its keys and values excepted.
 
         Raises:
           ValueError: the patch does not divide the image, a sequence has no known grid, or the input is no picture.
@@ -239,12 +241,12 @@ class ViT(nn.Module):
             block, depth=self.depth, scan=self.scan, unroll=self.scan_unroll, remat=self.remat, name="encoder"
         )
         nn.share_scope(self, encoder)  # the blocks' parameters are `blocks/...`, not `encoder/blocks/...`
-        x, out["blocks"] = encoder(x, rates, rotation)
+        x, read, out["blocks"] = encoder(x, rates, rotation, heads.POOLS[self.pool].reads)
 
         # Equation (4): normalise, pool, classify.
-        if not self.norm_after_pool:
-            x = norm(name="norm")(x)
-        out["encoded"] = x
+        final_norm = (lambda x: x) if self.norm_after_pool else norm(name="norm")
+        out["encoded"] = final_norm(x)
+        x = final_norm(read)
         pool = heads.POOLS[self.pool].make(
             prefix=self.num_prefix_tokens,
             attention=partial(attention, rope=None, qk_norm=None, bias="qkv", return_weights=False),
@@ -328,9 +330,23 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b n d"], drop_rates: Float[Array, "l"] | None, rotation: Rotation | None
-    ) -> tuple[Float[Array, "b n d"], dict[str, Any]]:
-        """Applies the blocks; returns the result and every block's outputs, stacked on a leading axis [l]."""
+        self,
+        x: Float[Array, "b n d"],
+        drop_rates: Float[Array, "l"] | None,
+        rotation: Rotation | None,
+        reads: int | None,
+    ) -> tuple[Float[Array, "b n d"], Float[Array, "b r d"], dict[str, Any]]:
+        """Applies the blocks.
+
+        Args:
+          x: tokens.
+          drop_rates: of every block's branches, or None.
+          rotation: of queries and keys, or None.
+          reads: how many tokens the pooling reads, from the first on; None for all.
+
+        Returns: the tokens; those that the pooling reads; and every block's outputs, stacked on a leading axis [l]. Of
+          the other tokens the last block computes keys and values, and the rest only if somebody reads it.
+        """
         remat = self.remat
         if remat == "auto":
             # On CPUs the step waits for the memory that a scan stacks, more than for what is cheap to compute again.
@@ -338,26 +354,51 @@ class Encoder(nn.Module):
         # On an H200 a training step of B/16 spends a sixth of its time copying into and out of the stacks of a scan; in
         # twelve unrolled blocks it does not, and they compile as fast.
         unroll = self.unroll or (min(self.depth, 12) if jax.default_backend() == "gpu" else 1)
-        # `block` is a partial; the transforms take the class, and the bound arguments go to its constructor.
-        cls, arguments = self.block.func, self.block.keywords  # type: ignore[attr-defined]
+
+        def apply(block: nn.Module, x: Array, i: Any, rate: Any, reads: int | None) -> tuple[Array, dict[str, Array]]:
+            """One block; where several are stacked, the i-th."""
+
+            def one(block: nn.Module, x: Array) -> tuple[Array, dict[str, Array]]:
+                return block(x, rate, rotation, reads)
+
+            ith = one if i is None else nn.map_variables(one, "params", partial(jax.tree.map, lambda stack: stack[i]))
+            return ith(block, x)
+
         if remat != "none":
-            cls = nn.remat(cls, policy=REMAT[remat], prevent_cse=not self.scan or unroll > 1)
+            apply = nn.remat(apply, policy=REMAT[remat], prevent_cse=not self.scan or unroll > 1, static_argnums=(4,))
+        scan = partial(nn.scan, apply, unroll=unroll, in_axes=(0, 0, nn.broadcast))  # pyright: ignore[reportArgumentType]
+
+        if self.scan and (reads is None or self.is_initializing()):
+            run = scan(length=self.depth, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True})
+            x, outs = run(self.block(name="blocks"), x, None, drop_rates, None)
+            return x, x[:, :reads], outs
+
+        def rate(i: int | slice) -> Array | None:
+            return jax.tree.map(lambda rates: rates[i], drop_rates)
+
+        last = self.depth - 1
         if self.scan:
-            blocks = nn.scan(
-                cls,
-                length=self.depth,
-                unroll=unroll,
-                variable_axes={"params": 0},
-                split_rngs={"params": True, "dropout": True},
-                in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
-            )
-            return blocks(**arguments, name="blocks")(x, drop_rates, rotation)
-        outs = []
-        for i in range(self.depth):
-            rate = None if drop_rates is None else drop_rates[i]
-            x, out = cls(**arguments, name=f"block_{i}")(x, rate, rotation)
-            outs.append(out)
-        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
+            # Blocks find their parameters by number: the stacks without the last block would be copies of nearly all.
+            # The numbers are literals, which unrolled blocks turn into fixed slices.
+            blocks = self.block(name="blocks")
+            run = scan(length=last, variable_broadcast="params", split_rngs={"dropout": True})
+            x, out = run(blocks, x, np.arange(last), rate(slice(last)), None)
+            outs, apply_last = [out], partial(apply, blocks, x, last, rate(last))
+        else:
+            outs = []
+            for i in range(last):
+                x, out = apply(self.block(name=f"block_{i}"), x, None, rate(i), None)
+                outs.append(jax.tree.map(lambda a: a[None], out))
+            apply_last = partial(apply, self.block(name=f"block_{last}"), x, None, rate(last))
+
+        def with_others(some: Array, every: Array) -> Array:
+            return jnp.concatenate([some, every[..., reads:, :]], axis=-2)
+
+        read, _ = result = apply_last(reads)
+        if reads is not None:  # the others come from a second pass, where dropout draws other numbers
+            result = jax.tree.map(with_others, result, apply_last(None))
+        x, out = result
+        return x, read, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs, jax.tree.map(lambda a: a[None], out))
 
 
 class Block(nn.Module):
@@ -371,13 +412,20 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b n d"], drop_rate: Float[Array, ""] | None, rotation: Rotation | None
-    ) -> tuple[Float[Array, "b n d"], dict[str, Array]]:
-        """Returns the tokens and what the two branches added to them."""
+        self,
+        x: Float[Array, "b n d"],
+        drop_rate: Float[Array, ""] | None,
+        rotation: Rotation | None,
+        reads: int | None,
+    ) -> tuple[Float[Array, "b r d"], dict[str, Array]]:
+        """Returns the tokens, the first `reads` of them or all, and what the two branches added to them."""
         out: dict[str, Array] = {}
         # The input too: JAX would keep it as it comes, which for bfloat16 on CPUs is not the form of `keep`.
         x = saved(x)
-        y, weights = self.attention(name="attention")(self.norm(name="norm1")(x), rotation=rotation)
+        y = self.norm(name="norm1")(x)
+        context = None if reads is None else y
+        y, weights = self.attention(name="attention")(y[:, :reads], context, rotation=rotation)
+        x = x[:, :reads]
         out["attention"] = self._branch(y, drop_rate, "layer_scale1")
         x = x + out["attention"]
         y = self.mlp(name="mlp")(self.norm(name="norm2")(x))
@@ -416,7 +464,14 @@ class Attention(nn.Module):
         context: Float[Array, "b s d"] | None = None,
         rotation: Rotation | None = None,
     ) -> tuple[Float[Array, "b q d"], Float[Array, "b k q s"] | None]:
-        """Returns the attended tokens, and the attention weights where they were asked for."""
+        """Returns the attended tokens, and the attention weights where they were asked for.
+
+        Args:
+          x: the queries' tokens.
+          context: what they attend to, if not themselves; then they have no position, as class tokens and probes.
+          rotation: of keys and queries with a position.
+        """
+        has_position = context is None
         context = x if context is None else context
         heads_shape = (self.num_heads, self.head_dim)
         q = self.linear(heads_shape, use_bias="q" in self.bias, name="query")(x)
@@ -425,7 +480,8 @@ class Attention(nn.Module):
         if self.qk_norm is not None:
             q, k = self.qk_norm(name="query_norm")(q), self.qk_norm(name="key_norm")(k)
         if self.rope and rotation is not None:
-            q, k = (rotate(a, rotation, self.rope) for a in (q, k))
+            q = rotate(q, rotation, self.rope) if has_position else q
+            k = rotate(k, rotation, self.rope)
         drop = self.dropout()
         weights = None
         if self.return_weights or (drop.rate > 0 and not drop.deterministic):  # type: ignore[attr-defined]
