@@ -10,7 +10,7 @@ Size       399,352,330 parameters; Keras counts 399,155,722 for the same design,
            not track the 256*768 position table. "standard": 87,621,130
 Result     none: not trained here. The pictures are the embedded digits, enlarged, so that the file runs everywhere;
            put your own ten classes in with data.source=dict(name="folder", root=...)
-Cost       234 GFLOP per image forward ("standard": 47); 27 GB (12 GB) of activations a step: for an accelerator
+Cost       222 GFLOP per image forward ("standard": 44); 18 GB (4 GB) of activations a step: for an accelerator
 Command    python -m vit_flax.main --config configs/vit_from_scratch_512.py --mode dry_run
            python -m vit_flax.main --config configs/vit_from_scratch_512.py:standard --workdir runs/scratch
 """

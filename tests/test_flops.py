@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import pytest
 
 from vit_flax.models import ViT
+from vit_flax.models.block import MLPS
 from vit_flax.models.flops import forward_flops
 from vit_flax.models.heads import POOLS
-from vit_flax.models.vit import MLPS
 
 TINY = dict(num_classes=5, patch_size=4, width=16, depth=2, mlp_dim=24, num_heads=2)
 
@@ -79,3 +79,10 @@ def test_published_figures_at_224_pixels(variant, pool, giga_operations):
     side = 224 // int(variant.split("/")[1])
     model = ViT.from_variant(variant, num_classes=1000, pool=pool)
     assert forward_flops(model, (side, side), as_published=True) / 1e9 == pytest.approx(giga_operations, rel=5e-3)
+
+
+def test_the_last_block_of_a_class_token_is_cheap():
+    """Of twelve blocks' products, a B/16 leaves out a twelfth, but for keys and values."""
+    model = ViT.from_variant("B/16", num_classes=1000)
+    part = forward_flops(model, (14, 14)) / forward_flops(model, (14, 14), as_published=True)
+    assert part == pytest.approx(1 - (10 / 12) / 12, abs=2e-3)

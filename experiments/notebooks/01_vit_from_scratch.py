@@ -44,7 +44,7 @@ from IPython.display import Code, display
 from sklearn.datasets import load_sample_image
 
 import vit_flax
-from vit_flax.models import vit
+from vit_flax.models import block, encoder, vit
 from vit_flax.models.posemb import LearnedPositions
 
 
@@ -129,7 +129,7 @@ print("tokens", out["tokens"].shape, "= class token + 256 patches")
 # (a skip connection), and does the same with a small network that looks at one token at a time.
 
 # %%
-show_code(vit.Block)
+show_code(block.Block)
 
 # %% [markdown]
 # ### Multi-head attention
@@ -138,7 +138,7 @@ show_code(vit.Block)
 # how well its query fits their keys.
 
 # %%
-show_code(vit.Attention)
+show_code(block.Attention)
 
 # %%
 attentive = model.clone(return_attention=True)
@@ -164,16 +164,17 @@ plt.show()
 # Two dense layers, 768 -> 3072 -> 768, with a GELU between them; the same for every token.
 
 # %%
-show_code(vit.Mlp)
+show_code(block.Mlp)
 
 # %% [markdown]
 # ### Twelve of them
 #
 # `nn.scan` compiles one block and runs it twelve times. The parameters of all blocks lie in one array with a leading
-# axis of 12, so compiling takes no longer for 48 layers than for 12.
+# axis of 12, so compiling takes no longer for 48 layers than for 12. The classifier will read the class token only: the
+# last block computes the other tokens' keys and values, and nothing else of them unless you look.
 
 # %%
-show_code(vit.Encoder)
+show_code(encoder.Encoder)
 for path, leaf in jax.tree_util.tree_leaves_with_path(params["blocks"]):
     print(f"{'blocks/' + jax.tree_util.keystr(path, simple=True, separator='/'):32} {leaf.shape}")
 

@@ -36,7 +36,7 @@ class Case:
       attention: a key of `models.attend.IMPLEMENTATIONS`.
       layers: "auto", as the model has it by default; "scan", block by block; "loop"; or the number of blocks that one
         turn of the scan holds.
-      remat: "auto" or a key of `models.vit.REMAT`.
+      remat: "auto" or a key of `models.encoder.REMAT`.
       image_px: side of the square image.
       num_classes: of the head.
       depth: number of blocks; None for the variant's own.

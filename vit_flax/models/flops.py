@@ -14,8 +14,8 @@ def forward_flops(model: ViT, grid: tuple[int, int], *, channels: int = 3, as_pu
       model: its sizes are read.
       grid: rows and columns of patches.
       channels: of the image.
-      as_published: counts the last block for all tokens, as papers do and other libraries compute it; else, as `Encoder`
-        computes it, for those that the pooling reads (keys and values for all).
+      as_published: counts the last block for all tokens, as papers and other libraries do; else, as `Encoder` computes
+        it, for those that the pooling reads (keys and values for all).
     """
     ph, pw = (model.patch_size,) * 2 if isinstance(model.patch_size, int) else model.patch_size
     patches = grid[0] * grid[1]

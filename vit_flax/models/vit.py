@@ -2,12 +2,10 @@
 
 image -> patches -> linear embedding -> + positions -> class token in front -> depth x Block -> norm -> pool -> head
 
-ViT          equations (1) to (4) of the paper, one line each
-Encoder      the stack of blocks; the only place that knows about scan and remat
-Block        x + attention(norm(x)), then x + mlp(norm(x))
-Attention    projections of queries, keys, values and output; the mathematics is the free function `attend`
-Mlp, SwiGlu  the two feed-forward layers
+ViT                     equations (1) to (4) of the paper, one line each
 ClassToken, Registers   tokens in front of the patches, which `patches.patchify` cuts
+`encoder.Encoder`       the stack of blocks; the only place that knows about scan and remat
+`block.Block`           x + attention(norm(x)), then x + mlp(norm(x))
 """
 
 from collections.abc import Callable
@@ -15,16 +13,16 @@ from dataclasses import fields
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
 from vit_flax.models import heads, variants
-from vit_flax.models.attend import IMPLEMENTATIONS, attend, attend_with_weights
-from vit_flax.models.layers import ACTIVATIONS, SAVED, LayerNorm, LayerScale, Linear, drop_path, saved
+from vit_flax.models.attend import IMPLEMENTATIONS
+from vit_flax.models.block import MLPS, Attention, Block
+from vit_flax.models.encoder import REMAT, Encoder
+from vit_flax.models.layers import ACTIVATIONS, LayerNorm, LayerScale, Linear
 from vit_flax.models.patches import patchify
-from vit_flax.models.posemb import FIXED_TABLES, ROPES, Grid, LearnedPositions, Rotation, rotate
+from vit_flax.models.posemb import FIXED_TABLES, ROPES, Grid, LearnedPositions
 from vit_flax.typing import Array, Float
 
 
@@ -303,232 +301,6 @@ RAMPS: dict[str, Callable[[int], list[float]]] = {
     "linear": lambda depth: [i / max(depth - 1, 1) for i in range(depth)],
     "constant": lambda depth: [1.0] * depth,
 }
-
-# What of a block is kept for the backward pass: all that it reads; only its input and the results of the linear layers
-# and of the attention; those, in the memory of the host; or nothing but its input. The rest is computed again.
-REMAT: dict[str, Callable[..., Any] | None] = {
-    "none": None,
-    "dots": jax.checkpoint_policies.save_only_these_names(SAVED),
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=[SAVED],
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-
-
-class Encoder(nn.Module):
-    """The stack of blocks, scanned or looped, with or without rematerialisation: same logits, gradients and `out`."""
-
-    block: Callable[..., nn.Module]
-    depth: int
-    scan: bool
-    unroll: int | None
-    remat: str
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "b n d"],
-        drop_rates: Float[Array, "l"] | None,
-        rotation: Rotation | None,
-        reads: int | None,
-    ) -> tuple[Float[Array, "b n d"], Float[Array, "b r d"], dict[str, Any]]:
-        """Applies the blocks.
-
-        Args:
-          x: tokens.
-          drop_rates: of every block's branches, or None.
-          rotation: of queries and keys, or None.
-          reads: how many tokens the pooling reads, from the first on; None for all.
-
-        Returns: the tokens; those that the pooling reads; and every block's outputs, stacked on a leading axis [l]. Of
-          the other tokens the last block computes keys and values, and the rest only if somebody reads it.
-        """
-        remat = self.remat
-        if remat == "auto":
-            # On CPUs the step waits for the memory that a scan stacks, more than for what is cheap to compute again.
-            remat = "dots" if self.scan and jax.default_backend() == "cpu" else "none"
-        # On an H200 a training step of B/16 spends a sixth of its time copying into and out of the stacks of a scan; in
-        # twelve unrolled blocks it does not, and they compile as fast.
-        unroll = self.unroll or (min(self.depth, 12) if jax.default_backend() == "gpu" else 1)
-
-        def apply(block: nn.Module, x: Array, i: Any, rate: Any, reads: int | None) -> tuple[Array, dict[str, Array]]:
-            """One block; where several are stacked, the i-th."""
-
-            def one(block: nn.Module, x: Array) -> tuple[Array, dict[str, Array]]:
-                return block(x, rate, rotation, reads)
-
-            ith = one if i is None else nn.map_variables(one, "params", partial(jax.tree.map, lambda stack: stack[i]))
-            return ith(block, x)
-
-        if remat != "none":
-            apply = nn.remat(apply, policy=REMAT[remat], prevent_cse=not self.scan or unroll > 1, static_argnums=(4,))
-        scan = partial(nn.scan, apply, unroll=unroll, in_axes=(0, 0, nn.broadcast))  # pyright: ignore[reportArgumentType]
-
-        if self.scan and (reads is None or self.is_initializing()):
-            run = scan(length=self.depth, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True})
-            x, outs = run(self.block(name="blocks"), x, None, drop_rates, None)
-            return x, x[:, :reads], outs
-
-        def rate(i: int | slice) -> Array | None:
-            return jax.tree.map(lambda rates: rates[i], drop_rates)
-
-        last = self.depth - 1
-        if self.scan:
-            # Blocks find their parameters by number: the stacks without the last block would be copies of nearly all.
-            # The numbers are literals, which unrolled blocks turn into fixed slices.
-            blocks = self.block(name="blocks")
-            run = scan(length=last, variable_broadcast="params", split_rngs={"dropout": True})
-            x, out = run(blocks, x, np.arange(last), rate(slice(last)), None)
-            outs, apply_last = [out], partial(apply, blocks, x, last, rate(last))
-        else:
-            outs = []
-            for i in range(last):
-                x, out = apply(self.block(name=f"block_{i}"), x, None, rate(i), None)
-                outs.append(jax.tree.map(lambda a: a[None], out))
-            apply_last = partial(apply, self.block(name=f"block_{last}"), x, None, rate(last))
-
-        def with_others(some: Array, every: Array) -> Array:
-            return jnp.concatenate([some, every[..., reads:, :]], axis=-2)
-
-        read, _ = result = apply_last(reads)
-        if reads is not None:  # the others come from a second pass, where dropout draws other numbers
-            result = jax.tree.map(with_others, result, apply_last(None))
-        x, out = result
-        return x, read, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs, jax.tree.map(lambda a: a[None], out))
-
-
-class Block(nn.Module):
-    """Pre-norm encoder block: `x + attention(norm(x))`, then `x + mlp(norm(x))`; equations (2) and (3)."""
-
-    norm: Callable[..., nn.Module]
-    attention: Callable[..., nn.Module]
-    mlp: Callable[..., nn.Module]
-    dropout: Callable[..., nn.Module]
-    layer_scale: Callable[..., nn.Module] | None
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "b n d"],
-        drop_rate: Float[Array, ""] | None,
-        rotation: Rotation | None,
-        reads: int | None,
-    ) -> tuple[Float[Array, "b r d"], dict[str, Array]]:
-        """Returns the tokens, the first `reads` of them or all, and what the two branches added to them."""
-        out: dict[str, Array] = {}
-        # The input too: JAX would keep it as it comes, which for bfloat16 on CPUs is not the form of `keep`.
-        x = saved(x)
-        y = self.norm(name="norm1")(x)
-        context = None if reads is None else y
-        y, weights = self.attention(name="attention")(y[:, :reads], context, rotation=rotation)
-        x = x[:, :reads]
-        out["attention"] = self._branch(y, drop_rate, "layer_scale1")
-        x = x + out["attention"]
-        y = self.mlp(name="mlp")(self.norm(name="norm2")(x))
-        out["mlp"] = self._branch(y, drop_rate, "layer_scale2")
-        x = out["residual"] = x + out["mlp"]
-        if weights is not None:
-            out["attention_weights"] = weights
-        return x, out
-
-    def _branch(self, y: Array, drop_rate: Array | None, name: str) -> Array:
-        y = self.dropout()(y)
-        if self.layer_scale is not None:
-            y = self.layer_scale(name=name)(y)
-        if drop_rate is not None:
-            y = drop_path(y, drop_rate, self.make_rng("dropout"))
-        return y
-
-
-class Attention(nn.Module):
-    """Multi-head attention of a sequence to itself or to `context` (Vaswani et al. 2017, arXiv:1706.03762)."""
-
-    num_heads: int
-    head_dim: int
-    linear: Callable[..., nn.Module]
-    bias: str
-    qk_norm: Callable[..., nn.Module] | None
-    rope: str | None
-    dropout: Callable[..., nn.Module]
-    impl: str
-    return_weights: bool
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "b q d"],
-        context: Float[Array, "b s d"] | None = None,
-        rotation: Rotation | None = None,
-    ) -> tuple[Float[Array, "b q d"], Float[Array, "b k q s"] | None]:
-        """Returns the attended tokens, and the attention weights where they were asked for.
-
-        Args:
-          x: the queries' tokens.
-          context: what they attend to, if not themselves; then they have no position, as class tokens and probes.
-          rotation: of keys and queries with a position.
-        """
-        has_position = context is None
-        context = x if context is None else context
-        heads_shape = (self.num_heads, self.head_dim)
-        q = self.linear(heads_shape, use_bias="q" in self.bias, name="query")(x)
-        k = self.linear(heads_shape, use_bias="k" in self.bias, name="key")(context)
-        v = self.linear(heads_shape, use_bias="v" in self.bias, name="value")(context)
-        if self.qk_norm is not None:
-            q, k = self.qk_norm(name="query_norm")(q), self.qk_norm(name="key_norm")(k)
-        if self.rope and rotation is not None:
-            q = rotate(q, rotation, self.rope) if has_position else q
-            k = rotate(k, rotation, self.rope)
-        drop = self.dropout()
-        weights = None
-        if self.return_weights or (drop.rate > 0 and not drop.deterministic):  # type: ignore[attr-defined]
-            y, weights = attend_with_weights(q, k, v, dropout=drop)
-        else:
-            y = attend(q, k, v, impl=self.impl)
-        y = self.linear(x.shape[-1], in_axes=2, name="out")(y)
-        return y, weights if self.return_weights else None
-
-
-class Mlp(nn.Module):
-    """Two layers with an activation between them."""
-
-    hidden: int
-    activation: Callable[[Array], Array]
-    linear: Callable[..., nn.Module]
-    norm: Callable[..., nn.Module] | None
-    dropout: Callable[..., nn.Module]
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        """Maps every token by itself."""
-        y = self.activation(self.linear(self.hidden, bias_init=nn.initializers.normal(1e-6), name="fc1")(x))
-        y = y if self.norm is None else self.norm(name="norm")(y)
-        y = self.dropout()(y)
-        return self.linear(x.shape[-1], bias_init=nn.initializers.normal(1e-6), name="fc2")(y)
-
-
-class SwiGlu(nn.Module):
-    """Gated feed-forward layer `fc2(activation(gate(x)) * fc1(x))` (Shazeer 2020, arXiv:2002.05202)."""
-
-    hidden: int
-    activation: Callable[[Array], Array]
-    linear: Callable[..., nn.Module]
-    norm: Callable[..., nn.Module] | None
-    dropout: Callable[..., nn.Module]
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        """Maps every token by itself."""
-        y = self.activation(self.linear(self.hidden, name="gate")(x)) * self.linear(self.hidden, name="fc1")(x)
-        y = y if self.norm is None else self.norm(name="norm")(y)
-        y = self.dropout()(y)
-        return self.linear(x.shape[-1], name="fc2")(y)
-
-
-MLPS: dict[str, type[nn.Module]] = {"mlp": Mlp, "swiglu": SwiGlu}
 
 
 class ClassToken(nn.Module):
