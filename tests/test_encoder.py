@@ -14,10 +14,8 @@ from tests.tiny_vit import (
     TINY,
     B,
     D,
-    H,
     L,
     N,
-    W,
     all_equations,
     assert_close,
     count,
@@ -144,8 +142,15 @@ def test_on_cpus_the_scan_keeps_a_blocks_input_and_the_results_of_its_products(p
     input_and_out, query_key_value_and_y, hidden = f"3x7x16x{stored}", f"3x7x2x8x{stored}", f"3x7x24x{stored}"
     expected = {input_and_out: 2, query_key_value_and_y: 4, hidden: 1, "6x7x1xf32": 1}
     assert [collections.Counter(loop) for loop in loops] == [expected, expected]
-    # The parameters stay in the stacks that they have anyway.
-    assert pool == "none" or f"tensor<{turns}x16x24xf32>" not in step.lower(random_params(model), images()).as_text()
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_what_a_loop_looks_up_of_the_parameters_is_not_kept_for_the_backward_pass(remat):
+    model = tiny(depth=5, scan_unroll=1, remat=remat)
+    step = jax.jit(jax.grad(lambda params, x: jnp.sum(model.apply({"params": params}, x, train=False)[0])))
+    program = step.lower(random_params(model), images()).as_text()
+    assert "tensor<5x16x24xf32>" in program
+    assert "tensor<4x16x24xf32>" not in program
 
 
 @pytest.mark.parametrize(
@@ -154,17 +159,17 @@ def test_on_cpus_the_scan_keeps_a_blocks_input_and_the_results_of_its_products(p
 )
 def test_blocks_per_turn_of_the_scan(monkeypatch, backend, fields, turn):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    model = ViT(**{**TINY, "depth": 4, "attention_impl": "xla", **fields})
-    jaxpr = jax.make_jaxpr(lambda: model.init(jax.random.key(0), jnp.zeros((1, H, W, 3)), train=False))()
-    (scan,) = [
-        eqn for eqn in all_equations(jaxpr) if eqn.primitive.name == "scan" and eqn.params["length"] == model.depth
-    ]
-    assert scan.params["unroll"] == turn
+    for pool, apart in (("gap", 0), ("tok", 1)):
+        model = ViT(**{**TINY, "depth": 4, "attention_impl": "xla", "pool": pool, **fields})
+        jaxpr = jax.make_jaxpr(forward(model))(random_params(model), images())
+        (scan,) = [eqn for eqn in all_equations(jaxpr) if eqn.primitive.name == "scan"]
+        assert scan.params["length"] == model.depth - apart
+        assert scan.params["unroll"] == turn
 
 
 def test_unrolled_blocks_find_their_parameters_at_fixed_places():
     """Each as a slice of the stack that XLA can merge with what reads it, in both directions."""
-    model = tiny(depth=3, scan_unroll=3)
+    model = tiny(depth=3, scan_unroll=3, remat="none")
     step = jax.jit(jax.grad(lambda params, x: jnp.sum(model.apply({"params": params}, x, train=False)[0])))
     program = step.lower(random_params(model), images()).compile().as_text()
     assert "dynamic-slice(" not in program

@@ -1,7 +1,6 @@
 """The stack of blocks; the only place that knows about scan and rematerialisation."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -13,10 +12,16 @@ from vit_flax.models.layers import SAVED
 from vit_flax.models.posemb import Rotation
 from vit_flax.typing import Array, Float
 
+
+def _all_but_lookups(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Everything but the parameters that a block of a loop looks up in the stacks, where they lie anyway."""
+    return primitive.name not in ("dynamic_slice", "squeeze")
+
+
 # What of a block is kept for the backward pass: all that it reads; only its input and the results of the linear layers
 # and of the attention; those, in the memory of the host; or nothing but its input. The rest is computed again.
-REMAT: dict[str, Callable[..., Any] | None] = {
-    "none": None,
+REMAT: dict[str, Callable[..., Any]] = {
+    "none": _all_but_lookups,
     "dots": jax.checkpoint_policies.save_only_these_names(SAVED),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
@@ -54,56 +59,65 @@ class Encoder(nn.Module):
           reads: how many tokens the pooling reads, from the first on; None for all.
 
         Returns: the tokens; those that the pooling reads; and every block's outputs, stacked on a leading axis [l]. Of
-          the other tokens the last block computes keys and values, and the rest only if somebody reads it.
+          the other tokens the last block computes keys and values, and the rest only if somebody reads it (separately:
+          in training, dropout and drop-path draw for them anew).
         """
         remat = self.remat
         if remat == "auto":
             # On CPUs the step waits for the memory that a scan stacks, more than for what is cheap to compute again.
             remat = "dots" if self.scan and jax.default_backend() == "cpu" else "none"
         # On an H200 a training step of B/16 spends a sixth of its time copying into and out of the stacks of a scan; in
-        # twelve unrolled blocks it does not, and they compile as fast.
+        # twelve unrolled blocks it does not, and they compile as fast (a program then holds up to 24).
         unroll = self.unroll or (min(self.depth, 12) if jax.default_backend() == "gpu" else 1)
 
-        def apply(block: nn.Module, x: Array, i: Any, rate: Any, reads: int | None) -> tuple[Array, dict[str, Array]]:
-            """One block; where several are stacked, the i-th."""
+        # Where not all tokens are read, the last block goes by itself. The others then find their parameters by number:
+        # the stacks without the last block would be copies of nearly all parameters.
+        first = self.depth if reads is None or self.is_initializing() else self.depth - 1
+        by_number = self.scan and first < self.depth
 
-            def one(block: nn.Module, x: Array) -> tuple[Array, dict[str, Array]]:
+        def apply(block: nn.Module, x: Array, i: Any, rate: Array | None, reads: int | None) -> tuple[Array, Any]:
+            def one(block: nn.Module, x: Array) -> tuple[Array, Any]:
                 return block(x, rate, rotation, reads)
 
-            ith = one if i is None else nn.map_variables(one, "params", partial(jax.tree.map, lambda stack: stack[i]))
-            return ith(block, x)
+            ith = nn.map_variables(one, "params", lambda stacks: jax.tree.map(lambda stack: stack[i], stacks))
+            return (ith if by_number else one)(block, x)
 
-        if remat != "none":
-            apply = nn.remat(apply, policy=REMAT[remat], prevent_cse=not self.scan or unroll > 1, static_argnums=(4,))
+        if remat != "none" or (by_number and unroll < first):
+            prevent_cse = remat != "none" and (not self.scan or unroll > 1)
+            apply = nn.remat(apply, policy=REMAT[remat], prevent_cse=prevent_cse, static_argnums=(4,))
 
         def rate(i: int | slice) -> Array | None:
             return jax.tree.map(lambda rates: rates[i], drop_rates)
 
-        n = self.depth if reads is None or self.is_initializing() else self.depth - 1
         if self.scan:
             blocks = self.block(name="blocks")
-            scan = partial(nn.scan, apply, length=n, unroll=unroll, in_axes=(0, 0, nn.broadcast))  # pyright: ignore[reportArgumentType]
-            if n == self.depth:
-                numbers, run = None, scan(variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True})
+            if by_number:
+                axes: dict[str, Any] = dict(variable_broadcast="params", split_rngs={"dropout": True})
             else:
-                # By number: the stacks without the last block would be copies of nearly all parameters. The numbers are
-                # literals, which unrolled blocks turn into fixed slices.
-                numbers, run = np.arange(n), scan(variable_broadcast="params", split_rngs={"dropout": True})
-            x, out = run(blocks, x, numbers, rate(slice(n)), None)
-            outs, last = [out], (blocks, x, n, rate(-1))
+                axes = dict(variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True})
+            run = nn.scan(
+                apply,
+                length=first,
+                unroll=unroll,
+                in_axes=(0, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]
+                **axes,
+            )
+            # The numbers are literals, which unrolled blocks turn into fixed slices.
+            x, out = run(blocks, x, np.arange(first), rate(slice(first)), None)
+            outs, last = [out], (blocks, x, self.depth - 1, rate(-1))
         else:
             blocks = [self.block(name=f"block_{i}") for i in range(self.depth)]
             outs = []
-            for i in range(n):
-                x, out = apply(blocks[i], x, None, rate(i), None)
+            for i in range(first):
+                x, out = apply(blocks[i], x, i, rate(i), None)
                 outs.append(_one_long(out))
-            last = blocks[-1], x, None, rate(-1)
-        if n == self.depth:
+            last = (blocks[-1], x, self.depth - 1, rate(-1))
+        if first == self.depth:
             return x, x[:, :reads], _joined(outs)
 
-        # The last block: first what is read, then all tokens; these cost nothing where nobody reads them.
-        read, _ = some = apply(*last, reads)
-        x, out = jax.tree.map(lambda a, b: jnp.concatenate([a, b[..., reads:, :]], axis=-2), some, apply(*last, None))
+        read, out_read = apply(*last, reads)
+        every, out = apply(*last, None)  # for `out`; costs nothing where nobody reads it
+        x, out = jax.tree.map(_with_others, (read, out_read), (every, out))
         return x, read, _joined([*outs, _one_long(out)])
 
 
@@ -113,3 +127,8 @@ def _one_long(out: dict[str, Array]) -> dict[str, Array]:
 
 def _joined(outs: list[dict[str, Array]]) -> dict[str, Array]:
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)
+
+
+def _with_others(some: Float[Array, "... r d"], every: Float[Array, "... n d"]) -> Float[Array, "... n d"]:
+    """All tokens, of which the first ones are those of `some`."""
+    return jnp.concatenate([some, every[..., some.shape[-2] :, :]], axis=-2)
