@@ -298,6 +298,19 @@ def test_a_sequence_with_its_grid_equals_the_rectangle(fields):
     assert np.abs(run(patches, (3, 2)) - expected).max() > 1e-2
 
 
+@pytest.mark.parametrize("fields", [{}, {"pool": "gap"}, {"dtype": "bfloat16"}])
+@pytest.mark.parametrize("examples", [1, 2])
+def test_gradients_of_single_examples_side_by_side(fields, examples):
+    """`vmap` of a gradient over batches of one or two: products so small that XLA's CPU backend takes other ways."""
+    model = tiny(**fields)
+    params = random_params(model)
+    x = jnp.stack([images(seed)[:examples] for seed in range(3)])
+    gradients = jax.grad(lambda params, x: jnp.sum(jnp.sin(model.apply({"params": params}, x, train=False)[0])))
+    together = jax.jit(jax.vmap(gradients, in_axes=(None, 0)))(params, x)
+    alone = jax.tree.map(lambda *g: jnp.stack(g), *map(partial(jax.jit(gradients), params), x))
+    assert_close(together, alone, tol=1e-4 if "dtype" not in fields else 0.1)
+
+
 def test_bfloat16_is_close_to_float32(plain):
     _, params, apply = plain
     expected, full = apply(params, images())
