@@ -104,17 +104,18 @@ class Encoder(nn.Module):
             )
             # The numbers are literals, which unrolled blocks turn into fixed slices.
             x, out = run(blocks, x, np.arange(first), rate(slice(first)), None)
-            outs, last = [out], (blocks, x, self.depth - 1, rate(-1))
+            outs, last_block = [out], blocks
         else:
             blocks = [self.block(name=f"block_{i}") for i in range(self.depth)]
             outs = []
             for i in range(first):
                 x, out = apply(blocks[i], x, i, rate(i), None)
                 outs.append(_one_long(out))
-            last = (blocks[-1], x, self.depth - 1, rate(-1))
+            last_block = blocks[-1]
         if first == self.depth:
             return x, x[:, :reads], _joined(outs)
 
+        last = (last_block, x, self.depth - 1, rate(-1))
         read, out_read = apply(*last, reads)
         every, out = apply(*last, None)  # for `out`; costs nothing where nobody reads it
         x, out = jax.tree.map(_with_others, (read, out_read), (every, out))

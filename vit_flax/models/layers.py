@@ -151,7 +151,8 @@ def _backward_products(in_axes: int, saved: tuple[Array, Array], gradient: Array
     leading = x.ndim - in_axes
     outputs = range(leading, gradient.ndim), range(in_axes, kernel.ndim)
     dx = _dot(gradient, kernel.astype(x.dtype), outputs, _result(x))
-    few = math.prod(x.shape[:leading]) < 8  # vectors: turned, products of few under vmap make XLA's CPU backend abort
+    # Turning a sum over few vectors gains nothing, and under vmap it makes XLA's CPU backend abort (jaxlib 0.10.2).
+    few = math.prod(x.shape[:leading]) < 8
     if few or math.prod(x.shape[leading:]) <= math.prod(kernel.shape[in_axes:]):
         dkernel = _dot(x, gradient, (range(leading), range(leading)))
     else:
