@@ -67,6 +67,11 @@ def test_what_is_kept_comes_back_bit_for_bit(dtype):
     assert kept(keep(x)).tobytes() == x.tobytes()
 
 
+def test_bits_refuse_to_lose_a_second_derivative():
+    with pytest.raises(NotImplementedError, match="dtype='float32'"):
+        jax.grad(lambda x: jnp.sum(kept(keep(x)).astype(F32)))(numbers(6, dtype=BF16))
+
+
 def test_recomputed_saves_its_arguments_only():
     plain = lambda x, y: jnp.sum(jnp.exp(jnp.sin(x)) * jnp.cos(y))  # noqa: E731
     x, y = numbers(6), numbers(6, seed=1)

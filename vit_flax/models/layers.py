@@ -18,10 +18,20 @@ def keep(x: Array) -> Array:
 
     Under a scan, saved arrays are stacked. XLA's CPU backend cannot slice bfloat16 and widens the whole stack to
     float32 first: there the bits are stacked.
+
+    Raises: NotImplementedError: second derivatives of a bfloat16 model on CPUs: bits have none.
     """
-    if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
-        return jax.lax.bitcast_convert_type(x, jnp.uint16)
-    return x
+    return _bits(x) if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu" else x
+
+
+@jax.custom_jvp
+def _bits(x: Array) -> Array:
+    return jax.lax.bitcast_convert_type(x, jnp.uint16)
+
+
+@_bits.defjvp
+def _bits_have_no_derivative(*_: Any) -> Any:
+    raise NotImplementedError("No second derivatives in bfloat16 on CPUs: make the model with dtype='float32'.")
 
 
 def kept(x: Array) -> Array:
