@@ -70,6 +70,15 @@ def test_one_query_as_of_a_pooling_head(impl):
     assert_near(got, by_the_equation(q, k, v, dy), 1e-5)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("impl", HERE)
+def test_an_empty_batch_gives_an_empty_result(impl, dtype):
+    empty = [x[:0] for x in inputs(dtype)]
+    with jax.numpy_dtype_promotion("standard"):  # which the backward pass of `jax.nn` needs
+        got = value_and_gradients(lambda q, k, v: attend(q, k, v, impl=impl), *empty)
+    assert [x.shape for x in got] == [empty[i].shape for i in (3, 0, 1, 2)]
+
+
 @pytest.mark.parametrize("impl", HERE)
 def test_logits_beyond_the_range_of_exp_overflow_nowhere(impl):
     q, k, v, dy = inputs(scale=100.0)

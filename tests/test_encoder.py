@@ -197,6 +197,38 @@ def test_remat_auto_is_dots_for_a_scan_on_the_cpu_and_nothing_else(monkeypatch):
     assert program(scan=True, scan_unroll=1) == choices[True]["none"]
 
 
+@pytest.mark.parametrize(("pool", "in_the_scan"), [("gap", 2), ("tok", 1)])
+def test_flaxs_own_capture_sees_every_block_of_a_scan(pool, in_the_scan):
+    model = tiny(pool=pool)
+    _, state = model.apply({"params": random_params(model)}, images(), train=False, capture_intermediates=True)
+    seen = [x.shape for x in state["intermediates"]["blocks"]["mlp"]["__call__"]]
+    last = [(B, 1, D), (B, N + 1, D)] if pool == "tok" else []
+    assert seen == [(in_the_scan, B, N + (pool == "tok"), D), *last]
+
+
+@pytest.mark.parametrize("fields", [{"pool": "tok"}, {"pool": "map", "scan": False}, {"remat": "full"}])
+def test_second_derivatives_are_those_of_differences_or_refused(fields):
+    """With respect to the image, whose gradient passes every part."""
+
+    def slope_along(dtype, direction):
+        model = tiny(dtype=dtype, **fields)
+        params = random_params(model)
+        return jax.jit(jax.grad(lambda x: jnp.vdot(jax.grad(loss_of(model, params))(x), direction)))
+
+    x, direction, step = images(), images(seed=1), 3e-3
+    model = tiny(**fields)
+    gradient = jax.jit(jax.grad(loss_of(model, random_params(model))))
+    difference = (gradient(x + step * direction) - gradient(x - step * direction)) / (2 * step)
+    product = slope_along("float32", direction)(x)
+    assert jnp.linalg.norm(product - difference) < 0.01 * jnp.linalg.norm(difference)
+    with pytest.raises(NotImplementedError, match="dtype='float32'"):
+        slope_along("bfloat16", direction)(x)
+
+
+def loss_of(model, params):
+    return lambda x: jnp.sum(jnp.sin(model.apply({"params": params}, x, train=False)[0]))
+
+
 def test_what_nobody_reads_of_out_is_not_computed():
     """The stacked [l, b, n, d] outputs are in no buffer of the program that returns the logits only."""
     model = tiny(depth=5, pool="gap", class_token=True)

@@ -70,6 +70,7 @@ def test_a_choice_is_answered_with_the_choices():
         check_choices(SimpleNamespace(rope=["x"]), rope={"eva": 1})
 
 
+NAN = float("nan")
 PROBABILITIES = ("drop_path", "dropout", "attention_dropout", "head_dropout")
 
 
@@ -84,7 +85,19 @@ PROBABILITIES = ("drop_path", "dropout", "attention_dropout", "head_dropout")
             for p in (-0.1, 1.0, 2.0)
         ),
         ({"dropout": float("nan")}, "dropout is a probability below 1, got nan."),
-        *(({"head_dim": size}, f"head_dim must be 1 or more, or None, got {size}.") for size in (0, -8)),
+        *(
+            ({name: size}, f"{name} must be 1 or more, or None, got {size}.")
+            for name in ("num_classes", "head_dim", "representation_size", "scan_unroll")
+            for size in (0, -8)
+        ),
+        *(({"norm_eps": eps}, f"norm_eps must be a positive number, got {eps}.") for eps in (0.0, -1.0, NAN)),
+        *(({name: NAN}, f"{name} must be a finite number, got nan.") for name in ("layer_scale", "head_bias_init")),
+        *(
+            ({name: dtype}, f"model.{name}={dtype!r}: expected one of float32, bfloat16, float16.")
+            for name in ("dtype", "param_dtype")
+            for dtype in ("float64", "int8")
+        ),
+        ({"patch_size": ["2", 2]}, "('2', 2)."),
         ({"rope": "eva", "num_heads": 4}, "its dimension must be a multiple of 4, found 6."),
     ],
 )
@@ -108,6 +121,13 @@ def test_sizes_and_rates_that_make_no_model_are_refused(fields, message, monkeyp
 )
 def test_unusual_sizes_that_make_a_model_are_taken(fields):
     ViT(**{**TINY, **fields})
+
+
+def test_a_patch_size_out_of_json_makes_the_same_model(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as in a user's program
+    model = ViT(**{**TINY, "patch_size": [2, 4]})
+    assert model == ViT(**{**TINY, "patch_size": (2, 4)})
+    assert isinstance(hash(model), int)
 
 
 @pytest.mark.parametrize("pool", POOLS)

@@ -106,7 +106,7 @@ def _heads(x: Float[Array, "b n k e"]) -> Float[Array, "m n e"]:
 
 def _tokens(x: Float[Array, "m n e"], like: Float[Array, "b s k e"]) -> Float[Array, "b n k e"]:
     b, _, k, e = like.shape
-    return x.astype(like.dtype).reshape(b, k, -1, e).transpose(0, 2, 1, 3)
+    return x.astype(like.dtype).reshape(b, k, x.shape[1], e).transpose(0, 2, 1, 3)
 
 
 def _turned_product(turned: Float[Array, "m s q"], x: Float[Array, "b s k e"]) -> Float[Array, "b q k e"]:
@@ -117,8 +117,8 @@ def _turned_product(turned: Float[Array, "m s q"], x: Float[Array, "b s k e"]) -
     # A bfloat16 product over the first axes is widened to float32. The small operand is turned, not the n x n one; and
     # a transpose right behind a bfloat16 product is folded into it by XLA (jaxlib 0.10), to a form it then cannot run.
     b, _, k, e = x.shape
-    product = _batched_dot(x.transpose(0, 2, 3, 1).reshape(b * k, e, -1), turned, 1)
-    return product.astype(x.dtype).reshape(b, k, e, -1).transpose(0, 3, 1, 2)
+    product = _batched_dot(x.transpose(0, 2, 3, 1).reshape(b * k, e, x.shape[1]), turned, 1)
+    return product.astype(x.dtype).reshape(b, k, e, turned.shape[2]).transpose(0, 3, 1, 2)
 
 
 def _batched_dot(a: Array, b: Array, contracted: int) -> Array:

@@ -91,10 +91,11 @@ class Encoder(nn.Module):
 
         if self.scan:
             blocks = self.block(name="blocks")
+            draws, captured = {"dropout": True}, {"intermediates": 0}
             if by_number:
-                axes: dict[str, Any] = dict(variable_broadcast="params", split_rngs={"dropout": True})
+                axes: dict[str, Any] = dict(variable_broadcast="params", variable_axes=captured, split_rngs=draws)
             else:
-                axes = dict(variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True})
+                axes = dict(variable_axes={"params": 0, **captured}, split_rngs={"params": True, **draws})
             run = nn.scan(
                 apply,
                 length=first,

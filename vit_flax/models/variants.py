@@ -1,9 +1,12 @@
 """The named model sizes and the one parser for names such as "B/16"."""
 
 import difflib
+import math
 import re
 from collections.abc import Iterable
 from typing import Any
+
+import jax.numpy as jnp
 
 from vit_flax.models.heads import POOLS
 
@@ -20,6 +23,8 @@ SIZES: dict[str, tuple[int, int, int, int]] = {
     "g": (1408, 40, 6144, 16),  # Zhai et al. 2022, table 2 (arXiv:2106.04560)
     "G": (1664, 48, 8192, 16),
 }
+
+DTYPES = ("float32", "bfloat16", "float16")  # wider ones would be float32 where sums are
 
 
 def parse(variant: str) -> dict[str, int]:
@@ -69,18 +74,31 @@ def check_choices(model: Any, **choices: Iterable[Any]) -> None:
             raise ValueError(f"model.{name}={getattr(model, name)!r} is unknown: expected one of {names}.")
 
 
+def check_dtypes(model: Any) -> None:
+    """Raises a ValueError for a dtype that the model does not compute in."""
+    for name in ("dtype", "param_dtype"):
+        if jnp.dtype(getattr(model, name)).name not in DTYPES:
+            raise ValueError(f"model.{name}={getattr(model, name)!r}: expected one of {', '.join(DTYPES)}.")
+
+
 def check_sizes(model: Any) -> None:
     """Raises a ValueError for sizes that do not make a model."""
     for name in ("width", "depth", "mlp_dim", "num_heads"):
         if getattr(model, name) < 1:
             raise ValueError(f"model.{name} must be 1 or more, got {getattr(model, name)}.")
-    sides = (model.patch_size,) * 2 if isinstance(model.patch_size, int) else tuple(model.patch_size)
-    if len(sides) != 2 or min(sides) < 1:
-        raise ValueError(f"model.patch_size is one side or (height, width) of 1 or more, got {model.patch_size}.")
+    for name in ("num_classes", "head_dim", "representation_size", "scan_unroll"):
+        if getattr(model, name) is not None and getattr(model, name) < 1:
+            raise ValueError(f"model.{name} must be 1 or more, or None, got {getattr(model, name)}.")
+    sides = (model.patch_size,) * 2 if isinstance(model.patch_size, int) else model.patch_size
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ValueError(f"model.patch_size is one side or (height, width) of 1 or more, got {model.patch_size!r}.")
     if model.registers < 0:
         raise ValueError(f"model.registers must be 0 or more, got {model.registers}.")
-    if model.head_dim is not None and model.head_dim < 1:
-        raise ValueError(f"model.head_dim must be 1 or more, or None, got {model.head_dim}.")
+    if not 0 < model.norm_eps < math.inf:
+        raise ValueError(f"model.norm_eps must be a positive number, got {model.norm_eps}.")
+    for name in ("layer_scale", "head_bias_init"):
+        if not math.isfinite(getattr(model, name) or 0.0):
+            raise ValueError(f"model.{name} must be a finite number, got {getattr(model, name)}.")
     if model.head_dim is None and model.width % model.num_heads:
         raise ValueError(
             f"model.num_heads={model.num_heads} must divide model.width={model.width}, or model.head_dim must be given."

@@ -29,6 +29,13 @@ from vit_flax.typing import Array, Float
 class ViT(nn.Module):
     """A Vision Transformer for images `[b, h, w, c]` or for sequences of flattened patches `[b, n, p*p*c]`.
 
+    Derivatives: reverse mode (`jax.grad`, `jax.vjp`), of any order; in bfloat16 on CPUs of the first order only.
+    Forward mode (`jax.jvp`, `jax.hessian`) has no rules for the products and norms: take `jax.grad` of `jax.grad`.
+
+    What is of interest is in `out`. Flax's own `capture_intermediates` shows the blocks stacked under scan, as `out`
+    does; where the pooling does not read every token, the last block follows twice: once for the tokens that are read,
+    once for all.
+
     Attributes:
       num_classes: size of the head's output; None for no head (the output is then the pooled features).
       patch_size: side of a patch in pixels, or (rows, columns).
@@ -140,6 +147,10 @@ class ViT(nn.Module):
             remat=["auto", *REMAT],
             attention_impl=IMPLEMENTATIONS,
         )
+        variants.check_dtypes(self)
+        if not isinstance(self.patch_size, int):
+            # A list, which JSON makes of a pair, would make a model that cannot be hashed.
+            object.__setattr__(self, "patch_size", tuple(self.patch_size))
         variants.check_sizes(self)
         super().__post_init__()
 
