@@ -113,13 +113,13 @@ def make_optimizer(
 
 
 def clip(clip_norm: ArrayLike | None) -> optax.GradientTransformation:
-    """Scales the gradient down to the given global norm; not at all for None or 0."""
+    """Scales the gradient down to the given global norm; not at all for None or 0, which may be traced."""
     if clip_norm is None or is_off(clip_norm):
         return optax.identity()
 
     def scale_down(updates: PyTree, _: Any) -> PyTree:
         # `optax.clip_by_global_norm` divides every number: XLA's CPU backend then writes the gradient once more.
-        factor = jnp.minimum(1.0, clip_norm / optax.tree.norm(updates))
+        factor = jnp.where(clip_norm > 0, jnp.minimum(1.0, clip_norm / optax.tree.norm(updates)), 1.0)
         return jax.tree.map(lambda u: u * factor, updates)
 
     return optax.stateless(scale_down)

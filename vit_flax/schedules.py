@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
+import numpy as np
 
 from vit_flax.typing import Array, ArrayLike
 
@@ -104,7 +105,7 @@ def _check(schedule, cooldown_shape, total_steps, *durations) -> None:
         raise ValueError(f"Unknown {cooldown_shape=}; expected one of {', '.join(COOLDOWNS)}.")
     if total_steps < 1:
         raise ValueError(f"{total_steps=} must be at least 1.")
-    known = [d for d in durations if isinstance(d, int | float)]
+    known = [d for d in durations if isinstance(d, int | float | np.number)]
     if min(known, default=0) < 0 or sum(known) > total_steps:
         raise ValueError(
             f"warmup_steps, end_steps and cooldown_steps, found {known}, must not be negative and must fit into "
@@ -113,5 +114,5 @@ def _check(schedule, cooldown_shape, total_steps, *durations) -> None:
 
 
 def is_off(value: object) -> bool:
-    """True for a Python None or 0; a traced number is always on, whatever its value."""
-    return value is None or (isinstance(value, int | float) and value == 0)
+    """True for None or a 0 of Python or NumPy; a JAX array is always on, as a traced one has no value yet."""
+    return value is None or (isinstance(value, int | float | np.number) and bool(value == 0))
