@@ -14,17 +14,19 @@ PACKAGE = ROOT / "vit_flax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 NUMERIC = {"jax", "flax", "optax", "numpy", "ml_dtypes", "vit_flax.typing"}
+WIDE = NUMERIC | {"vit_flax.precision"}
 # Module (or package) -> what it may import besides the standard library.
 MAY_IMPORT = {
     "vit_flax.models": NUMERIC | {"vit_flax.models"},
     "vit_flax.losses": NUMERIC,
     "vit_flax.metrics": NUMERIC,
     "vit_flax.augment": NUMERIC,
-    "vit_flax.optim": NUMERIC | {"vit_flax.schedules", "vit_flax.param_groups", "vit_flax.update_rules"},
+    "vit_flax.optim": WIDE | {"vit_flax.schedules", "vit_flax.param_groups", "vit_flax.update_rules"},
     "vit_flax.update_rules": NUMERIC | {"vit_flax.schedules", "vit_flax.param_groups"},
     "vit_flax.schedules": NUMERIC,
-    "vit_flax.param_groups": NUMERIC,
-    "vit_flax.step": NUMERIC,
+    "vit_flax.param_groups": WIDE,
+    "vit_flax.step": WIDE,
+    "vit_flax.precision": NUMERIC,
     "vit_flax.sharding": NUMERIC,
     "vit_flax.config": {"vit_flax.typing", "vit_flax.limits", "ml_collections"},
     "vit_flax.limits": set(),

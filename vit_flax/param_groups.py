@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from vit_flax.precision import wide
 from vit_flax.typing import Array, ArrayLike, PyTree
 
 KERNELS = (r"(.*/)?kernel",)
@@ -219,12 +220,12 @@ def layer_norms(tree: PyTree) -> dict[str, Array]:
     """Norm of each top-level module and each block of a tree of gradients, updates or parameters.
 
     The keys, for example "patch_embed", "block_0" and "head", are the same for stacked blocks and for a loop of blocks;
-    the squares add up to the square of `optax.tree.norm(tree)`.
+    the squares add up to the square of `precision.norm(tree)`.
     """
     squares: dict[str, Array] = {}
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
         names = _names(path, x)
-        by_layer = jnp.sum(jnp.square(x.astype(jnp.float32).reshape(len(names), -1)), axis=1)
+        by_layer = jnp.sum(jnp.square(wide(x).reshape(len(names), -1)), axis=1)
         for i, name in enumerate(names):
             block = _BLOCK.search(name)
             key = name[: block.end() - 1] if block else name.split("/")[0]
