@@ -58,6 +58,12 @@ def make_schedule(
         raise ValueError("schedule='constant' never reaches end_lr; give cooldown_steps > 0 or drop the key.")
     if schedule != "rsqrt" and timescale_steps is not None:
         raise ValueError(f"timescale_steps belongs to schedule='rsqrt', found {schedule=}; drop the key.")
+    if is_off(warmup_steps) and not is_off(warmup_lr):
+        raise ValueError(
+            "warmup_lr is where the warm-up starts, and there is none; give warmup_steps > 0 or drop the key."
+        )
+    if is_off(cooldown_steps) and cooldown_shape != "linear":
+        raise ValueError(f"{cooldown_shape=} without a cool-down; give cooldown_steps > 0 or drop the key.")
     peak, start, end = (jnp.asarray(x, jnp.float32) for x in (lr, warmup_lr, end_lr))
     warmup, cooldown, hold = (jnp.asarray(x, jnp.float32) for x in (warmup_steps, cooldown_steps, end_steps))
     timescale = jnp.asarray(10_000 if timescale_steps is None else timescale_steps, jnp.float32)
