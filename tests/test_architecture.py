@@ -37,7 +37,7 @@ MAY_IMPORT = {
 MAY_IMPORT["vit_flax.sinks"] = {"numpy", "PIL", "tensorboardX", "wandb", "mlflow", "vit_flax.sinks", "vit_flax.files"}
 MAY_IMPORT["vit_flax.report"] = {"absl", "vit_flax.report", "vit_flax.files", "vit_flax.config"}  # reads files only
 MAY_IMPORT["vit_flax.pictures"] = {"numpy", "PIL"}
-MAY_IMPORT["vit_flax.peak"] = NUMERIC
+MAY_IMPORT["vit_flax.peak"] = NUMERIC | {"vit_flax.chips"}
 # A run of ours is a source of weights like any other: one file of the converter reads its checkpoints.
 MAY_IMPORT["vit_flax.convert.workdir"] = MAY_IMPORT["vit_flax.convert"] | {"vit_flax.checkpoint"}
 # The comparison with other libraries imports them, and only inside functions.

@@ -120,12 +120,24 @@ def test_find_batch_asks_the_compiler(monkeypatch):
     assert 0 < found["program_mib"] <= found["limit_mib"] == 0.5
 
 
-def test_data_sheet_knows_the_kind_of_device(monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "gflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989_000),
+        ("NVIDIA H100 PCIe", 756_000),
+        ("NVIDIA L4", 121_000),
+        ("NVIDIA L40", None),
+        ("TPU v4", 275_000),
+        ("TPU v4 lite", None),
+        ("cpu", None),
+    ],
+)
+def test_data_sheet_knows_exact_kinds_of_devices(monkeypatch, kind, gflops):
     class Device:
-        device_kind = "NVIDIA H100 80GB HBM3"
+        device_kind = kind
 
     monkeypatch.setattr(jax, "devices", lambda: [Device])
-    assert measure.data_sheet_gflops("bfloat16") == 989_400
+    assert measure.data_sheet_gflops("bfloat16") == gflops
     assert measure.data_sheet_gflops("float32") is None
 
 
