@@ -14,17 +14,19 @@ PACKAGE = ROOT / "vit_flax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 NUMERIC = {"jax", "flax", "optax", "numpy", "ml_dtypes", "vit_flax.typing"}
+WIDE = NUMERIC | {"vit_flax.precision"}
 # Module (or package) -> what it may import besides the standard library.
 MAY_IMPORT = {
     "vit_flax.models": NUMERIC | {"vit_flax.models"},
     "vit_flax.losses": NUMERIC,
     "vit_flax.metrics": NUMERIC,
     "vit_flax.augment": NUMERIC,
-    "vit_flax.optim": NUMERIC | {"vit_flax.schedules", "vit_flax.param_groups", "vit_flax.update_rules"},
+    "vit_flax.optim": WIDE | {"vit_flax.schedules", "vit_flax.param_groups", "vit_flax.update_rules"},
     "vit_flax.update_rules": NUMERIC | {"vit_flax.schedules", "vit_flax.param_groups"},
     "vit_flax.schedules": NUMERIC,
-    "vit_flax.param_groups": NUMERIC,
-    "vit_flax.step": NUMERIC,
+    "vit_flax.param_groups": WIDE,
+    "vit_flax.step": WIDE,
+    "vit_flax.precision": NUMERIC,
     "vit_flax.sharding": NUMERIC,
     "vit_flax.config": {"vit_flax.typing", "vit_flax.limits", "ml_collections"},
     "vit_flax.limits": set(),
@@ -35,7 +37,7 @@ MAY_IMPORT = {
 MAY_IMPORT["vit_flax.sinks"] = {"numpy", "PIL", "tensorboardX", "wandb", "mlflow", "vit_flax.sinks", "vit_flax.files"}
 MAY_IMPORT["vit_flax.report"] = {"absl", "vit_flax.report", "vit_flax.files", "vit_flax.config"}  # reads files only
 MAY_IMPORT["vit_flax.pictures"] = {"numpy", "PIL"}
-MAY_IMPORT["vit_flax.peak"] = NUMERIC
+MAY_IMPORT["vit_flax.peak"] = NUMERIC | {"vit_flax.chips"}
 # A run of ours is a source of weights like any other: one file of the converter reads its checkpoints.
 MAY_IMPORT["vit_flax.convert.workdir"] = MAY_IMPORT["vit_flax.convert"] | {"vit_flax.checkpoint"}
 # The comparison with other libraries imports them, and only inside functions.

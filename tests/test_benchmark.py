@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from absl import app
 from absl.testing import flagsaver
 
 from vit_flax.benchmark import __main__ as command
@@ -120,12 +121,24 @@ def test_find_batch_asks_the_compiler(monkeypatch):
     assert 0 < found["program_mib"] <= found["limit_mib"] == 0.5
 
 
-def test_data_sheet_knows_the_kind_of_device(monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "gflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989_000),
+        ("NVIDIA H100 PCIe", 756_000),
+        ("NVIDIA L4", 121_000),
+        ("NVIDIA L40", None),
+        ("TPU v4", 275_000),
+        ("TPU v4 lite", None),
+        ("cpu", None),
+    ],
+)
+def test_data_sheet_knows_exact_kinds_of_devices(monkeypatch, kind, gflops):
     class Device:
-        device_kind = "NVIDIA H100 80GB HBM3"
+        device_kind = kind
 
     monkeypatch.setattr(jax, "devices", lambda: [Device])
-    assert measure.data_sheet_gflops("bfloat16") == 989_400
+    assert measure.data_sheet_gflops("bfloat16") == gflops
     assert measure.data_sheet_gflops("float32") is None
 
 
@@ -164,6 +177,33 @@ def test_the_command_needs_five_libraries_and_prints_one_json_line():
     assert figures["images_per_second"] > 0
     assert figures["matmul_gflops"] > 0
     assert figures["peak_mib"] > 0
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--image_px=100", "patch"),
+        ("--compile_depths=2,a", "--compile_depths=a: expected a positive whole number"),
+        ("--compile_depths=0", "--compile_depths=0: expected a positive whole number"),
+        ("--batch=²", "--batch=²: expected a positive whole number"),
+    ],
+)
+def test_flags_that_make_no_sense_are_usage_errors_before_anything_is_measured(monkeypatch, flag, message):
+    for part in ("compare", "compile_times", "find_batch"):
+        monkeypatch.setattr(command, part, lambda _: pytest.fail("measured"))
+    with flagsaver.flagsaver():
+        command.flags.FLAGS(["x", "--variant=mu/16", flag])
+        with pytest.raises(app.UsageError, match=message):
+            command.main(["x"])
+
+
+@pytest.mark.parametrize("flag", ["--image_px=0", "--num_classes=0", "--rounds=0", "--min_seconds=-1"])
+def test_numbers_below_their_bounds_are_no_flags(flag):
+    with (
+        flagsaver.flagsaver(),
+        pytest.raises(command.flags.IllegalFlagValueError, match=r"or greater|positive|negative"),
+    ):
+        command.flags.FLAGS(["x", flag])
 
 
 def test_a_word_that_is_no_choice_is_an_error_with_the_choices():

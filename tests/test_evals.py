@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.metrics import average_precision_score, precision_score, recall_score
 
 from tests.test_train_log import Collected
-from vit_flax import sharding
+from vit_flax import metrics, sharding
 from vit_flax.evals import EVALS
 from vit_flax.evals.hook import EvaluationHook
 from vit_flax.evals.samples import NUM_WRONG, Samples, data_uri
@@ -123,11 +123,14 @@ def test_many_wrong_predictions_keep_the_surest():
     assert [s["row"] for s in samples.chosen()] == np.argsort(-sure)[:NUM_WRONG].tolist()
 
 
-def test_multilabel_figures_and_details():
+def test_multilabel_figures_and_details(monkeypatch):
     labels = (RNG.random((N, V)) < 0.4).astype(np.uint8)
     labels[:, 2] = 0
     evaluation = make("multilabel", labels)
+    ranked, rank = [], metrics.average_precision
+    monkeypatch.setattr(metrics, "average_precision", lambda *a: ranked.append(len(a)) or rank(*a))
     figures = evaluation.run(STATE)
+    assert len(ranked) == 1  # it sorts the whole split
     assert set(figures) == set(evaluation.figures)
     want = [average_precision_score(labels[:, v], logits()[:, v]) if v != 2 else None for v in range(V)]
     assert evaluation.details["class_count"] == labels.sum(0).tolist()

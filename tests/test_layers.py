@@ -201,3 +201,8 @@ def test_drop_path_drops_whole_examples_and_scales_up_the_others(dtype):
     assert (y == y[:, :1, :1]).all()
     np.testing.assert_allclose(np.unique(y), [0, 4 / 3], rtol=4e-3)
     assert abs((y[:, 0, 0] == 0).mean() - 0.25) < 0.03
+
+
+def test_a_branch_that_is_never_kept_has_no_gradient():
+    grad = jax.grad(lambda x: drop_path(x, jnp.float32(1.0), jax.random.key(0)).sum())(jnp.ones((4, 2, 3)))
+    np.testing.assert_array_equal(grad, 0.0)

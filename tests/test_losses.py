@@ -1,5 +1,9 @@
+import re
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
@@ -57,15 +61,35 @@ def test_sigmoid_xent_is_stable_at_large_logits():
     np.testing.assert_allclose(grad, [[1.0, -1.0]])
 
 
-@pytest.mark.parametrize("loss", [softmax_xent, lambda *a, **k: sigmoid_xent(*a, reduction="sum", **k)])
-def test_padding_changes_neither_loss_nor_gradient(batch, loss):
+BOTH = pytest.mark.parametrize(
+    "loss", [softmax_xent, partial(sigmoid_xent, reduction="sum")], ids=["softmax", "sigmoid"]
+)
+
+
+@BOTH
+@pytest.mark.parametrize("rubbish", [jnp.inf, jnp.nan, 1e6])
+def test_padding_changes_neither_loss_nor_gradient(batch, loss, rubbish):
     logits, targets, mask = batch
     kept = np.asarray(mask)
     want, want_grad = jax.value_and_grad(loss)(logits[kept], targets[kept])
-    dirty = logits.at[2].set(jnp.inf)
+    dirty = logits.at[2].set(rubbish)
     got, got_grad = jax.value_and_grad(loss)(dirty, targets, mask)
     np.testing.assert_allclose(got, want, rtol=1e-6)
     np.testing.assert_allclose(got_grad[kept], want_grad, rtol=1e-5, atol=1e-7)
+    assert not got_grad[~kept].any()
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("logits", "targets", "mask"),
+    [((V, V, 3), (V, 3), V), ((V, 3), (V, 1), V), ((V, 3), (V, 3), 1), ((V, 3), (3, V), None), ((V,), (V,), None)],
+    ids=str,
+)
+def test_shapes_that_would_broadcast_are_refused(monkeypatch, loss, logits, targets, mask):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as in a user's program
+    shapes = re.escape(f"{logits}, {targets} and {mask and (mask,)}")
+    with pytest.raises(ValueError, match=f"logits .b, v., targets .b, v. and a mask .b. .*found the shapes {shapes}"):
+        loss(jnp.ones(logits), jnp.ones(targets), mask and jnp.ones(mask, bool))
 
 
 def test_an_empty_mask_gives_zero():

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
 
-from vit_flax.metrics import add_sums, average_precision, batch_sums, multilabel_batch_sums, summarise
+from vit_flax.metrics import (
+    add_sums,
+    average_precision,
+    batch_sums,
+    multilabel_batch_sums,
+    summarise,
+    summarise_multilabel,
+)
 from vit_flax.sharding import batch_sharding, make_mesh
 
 N, V = 37, 7
@@ -83,6 +90,22 @@ def test_equal_logits_are_no_hit_for_every_label():
     assert (figures["top1"], figures["top5"]) == (0.1, 0.5)
 
 
+@pytest.mark.parametrize("rubbish", [np.nan, np.inf])
+def test_logits_that_are_not_finite_are_no_hit_and_no_prediction(scored, rubbish):
+    logits, labels = scored
+    logits[::2, 3] = rubbish
+    got = add_sums(None, batch_sums(jnp.asarray(logits), jnp.asarray(labels), jnp.ones(N, bool), confusion=True))
+    want = by_hand(logits[1::2], labels[1::2])
+    figures = summarise(got)
+    assert (figures["top1"] * N, figures["top5"] * N) == (
+        pytest.approx(want["top1"] * (N // 2)),
+        pytest.approx(want["top5"] * (N // 2)),
+    )
+    assert np.isnan(figures["loss"])
+    assert got["class_top1"].sum() == got["top1"] == np.trace(got["confusion"])
+    assert got["class_predicted"].sum() == got["confusion"].sum() == N // 2
+
+
 @pytest.mark.parametrize("label", [-1, V])
 def test_a_label_that_is_no_class_shows_in_the_loss_unless_masked(scored, label):
     logits, labels = scored
@@ -125,7 +148,7 @@ def test_multilabel_figures_by_hand(scored, batch_size):
     logits = scored[0]
     labels = (np.random.default_rng(1).random((N, V)) < 0.3).astype(np.uint8)
     labels[:, 2] = 0
-    got = summarise(total_over_batches(multilabel_batch_sums, logits, labels, batch_size))
+    got, per_class = summarise_multilabel(total_over_batches(multilabel_batch_sums, logits, labels, batch_size))
     p = 1 / (1 + np.exp(-logits.astype(np.float64)))
     loss = -(labels * np.log(p) + (1 - labels) * np.log(1 - p)).sum(-1).mean()
     precision = [average_precision_score(labels[:, v], logits[:, v]) for v in range(V) if v != 2]
@@ -134,6 +157,7 @@ def test_multilabel_figures_by_hand(scored, batch_size):
         "count": N,
         "mean_average_precision": pytest.approx(np.mean(precision), rel=1e-6),
     }
+    np.testing.assert_allclose(per_class, np.insert(precision, 2, np.nan), rtol=1e-6)
 
 
 def test_average_precision_treats_equal_scores_as_one_threshold():
@@ -147,4 +171,4 @@ def test_average_precision_treats_equal_scores_as_one_threshold():
 
 def test_no_class_with_positives_has_no_average_precision():
     sums = multilabel_batch_sums(jnp.zeros((2, 3)), jnp.zeros((2, 3), jnp.int32), jnp.ones(2, bool))
-    assert np.isnan(summarise(add_sums(None, sums))["mean_average_precision"])
+    assert np.isnan(summarise_multilabel(add_sums(None, sums))[0]["mean_average_precision"])

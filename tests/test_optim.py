@@ -40,6 +40,13 @@ def test_clip_norm_bounds_the_update():
     np.testing.assert_allclose(optax.tree.norm(moved), 0.1 * 0.5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("zero", [0, 0.0, np.float32(0), jnp.float32(0)], ids=lambda zero: type(zero).__name__)
+def test_clip_norm_zero_is_off(zero):
+    params = stacked_params()
+    free = run(params, 1, name="sgd", momentum=None)
+    assert_trees_close(run(params, 1, name="sgd", momentum=None, clip_norm=zero), free, rtol=1e-6)
+
+
 def test_clip_norm_leaves_a_smaller_gradient_alone():
     params = stacked_params()
     clipped = run(params, 1, name="sgd", momentum=None, clip_norm=1e6)

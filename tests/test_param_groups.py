@@ -1,10 +1,13 @@
 import re
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.vit_tree import DEPTH, full_params, to_loop
+from vit_flax.models import ViT
 from vit_flax.param_groups import layer_norms, make_groups, parameter_groups
 
 
@@ -15,6 +18,32 @@ def test_layer_decay_factors_are_those_of_mae():
     for leaf in jax.tree.leaves(factor["blocks"]):
         np.testing.assert_array_equal(leaf.ravel(), [0.5**DEPTH, 0.5 ** (DEPTH - 1), 0.5])
     assert set(map(float, jax.tree.leaves([factor["norm"], factor["head"]]))) == {1.0}
+
+
+def test_only_what_comes_after_the_blocks_is_trained_without_them():
+    model = ViT.from_variant(
+        "mu/16",
+        num_classes=3,
+        dist_token=True,
+        class_token=True,
+        registers=2,
+        pre_norm=True,
+        representation_size=8,
+        layer_scale=0.1,
+        qk_norm=True,
+        mlp_norm=True,
+    )
+    modules, behind = {}, {"norm", "pool", "pre_logits", "head", "head_dist"}
+    for pool in ("map", "tok_dist"):
+        init = partial(model.clone(pool=pool).init, jax.random.key(0), train=False)
+        params = jax.eval_shape(init, jnp.zeros((1, 32, 32, 3)))["params"]
+        for module, trained in make_groups(params, train_last_blocks=0).trained.items():
+            modules[module] = any(t.any() for t in jax.tree.leaves(trained))
+        factor = make_groups(params, layer_decay=0.5).factor
+        before = {float(f) for m in set(params) - behind - {"blocks"} for f in jax.tree.leaves(factor[m])}
+        assert before == {0.5 ** (model.depth + 1)}
+    assert {module for module, trained in modules.items() if trained} == behind
+    assert {"dist_token", "cls_token", "registers", "pre_norm", "posemb", "patch_embed"} < set(modules)
 
 
 def test_factors_broadcast_against_their_parameter():

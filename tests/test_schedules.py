@@ -66,6 +66,8 @@ def test_traced_numbers_give_the_same_rates_and_vmap(schedule):
         ({"total_steps": 0}, "total_steps=0 must be at least 1"),
         ({"schedule": "wsd"}, "cooldown_steps > 0"),
         ({"schedule": "constant", "end_lr": 0.1}, "never reaches end_lr"),
+        ({"warmup_lr": 0.5}, "warmup_lr is where the warm-up starts, and there is none; give warmup_steps > 0"),
+        ({"cooldown_shape": "sqrt"}, "cooldown_shape='sqrt' without a cool-down; give cooldown_steps > 0"),
         ({"schedule": "cosine", "timescale_steps": 10}, "timescale_steps belongs to schedule='rsqrt'"),
     ],
     ids=str,

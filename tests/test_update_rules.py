@@ -233,6 +233,16 @@ def test_muon_matrices_may_be_chosen():
         run("muon", matrices=["blocks/mlp/fc3/kernel"])
 
 
+def test_muon_takes_all_layers_of_a_stacked_parameter_or_none():
+    with pytest.raises(ValueError, match=r"layers of 'blocks/mlp/fc1/kernel' are one array.*1 of 3"):
+        run("muon", 1, matrices=["block_0/mlp/.*kernel"])
+    one = run("muon", 1, to_loop(stacked_params()), matrices=["block_0/mlp/.*kernel"], weight_decay=0.0)[0]
+    moved = np.abs(
+        one["block_1"]["mlp"]["fc1"]["kernel"] - to_loop(stacked_params())["block_1"]["mlp"]["fc1"]["kernel"]
+    )
+    np.testing.assert_allclose(moved, LR, rtol=1e-3)  # the size of Adam's first step
+
+
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "lamb", "lars", "muon", "adafactor"])
 def test_mu_dtype_is_that_of_the_momentum(name):
     tx = make_optimizer(name=name, mu_dtype="bfloat16", lr=LR, weight_decay=WD, total_steps=10)

@@ -1,4 +1,4 @@
-"""What vendors say of their chips: rates, memory, links. One entry per JAX device, by its `device_kind`."""
+"""What vendors say of their chips: rates, memory, links. One entry per JAX device, by its exact `device_kind`."""
 
 from dataclasses import dataclass
 
@@ -32,11 +32,29 @@ class Chip:
     source: str
 
 
+# FLOP/s of one JAX device for dense bfloat16 matrix products, with float32 accumulation, by `device_kind`.
+BFLOAT16_FLOPS_PER_SEC: dict[str, float] = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA GeForce RTX 4090": 165.2e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
 # NVLink and ICI are quoted with both directions added up; here is one.
 CHIPS: dict[str, Chip] = {
     "NVIDIA H200": Chip(
         name="H200",
-        flops_per_sec=989e12,
+        flops_per_sec=BFLOAT16_FLOPS_PER_SEC["NVIDIA H200"],
         memory_bytes=141 * 10**9,
         memory_bytes_per_sec=4.8e12,
         near_bytes_per_sec=450e9,
@@ -48,7 +66,7 @@ CHIPS: dict[str, Chip] = {
     ),
     "TPU v5 lite": Chip(
         name="v5e",
-        flops_per_sec=197e12,
+        flops_per_sec=BFLOAT16_FLOPS_PER_SEC["TPU v5 lite"],
         memory_bytes=16 * GIB,
         memory_bytes_per_sec=819e9,
         near_bytes_per_sec=200e9,
@@ -60,7 +78,7 @@ CHIPS: dict[str, Chip] = {
     ),
     "TPU v5": Chip(
         name="v5p",
-        flops_per_sec=459e12,
+        flops_per_sec=BFLOAT16_FLOPS_PER_SEC["TPU v5"],
         memory_bytes=95 * GIB,
         memory_bytes_per_sec=2765e9,
         near_bytes_per_sec=600e9,

@@ -23,9 +23,13 @@ def softmax_xent(
         targets: a distribution over the classes per example, one-hot or mixed.
         mask: False for padding; None keeps every example.
         label_smoothing: part of the target's mass that is spread evenly over all classes; may be traced.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
     """
+    logits = _without_padding(logits, targets, mask)
     smoothed = smooth(targets, label_smoothing)
-    return masked_mean(-jnp.sum(smoothed * jax.nn.log_softmax(logits.astype(jnp.float32)), axis=-1), mask)
+    return masked_mean(-jnp.sum(smoothed * jax.nn.log_softmax(logits), axis=-1), mask)
 
 
 def sigmoid_xent(
@@ -48,11 +52,14 @@ def sigmoid_xent(
         threshold: replaces the targets by `targets > threshold`, before the smoothing; DeiT III has 0 after mixup. None
             keeps them.
 
+    Raises:
+        ValueError: an unknown reduction, shapes that do not fit each other.
+
     Source: big_vision/utils.py:sigmoid_xent; DeiT III main.py (`bce_loss`) with engine.py's `targets.gt(0.0)`.
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"Unknown {reduction=}; expected one of {', '.join(REDUCTIONS)}.")
-    logits = logits.astype(jnp.float32)
+    logits = _without_padding(logits, targets, mask)
     if threshold is not None:
         targets = (targets > threshold).astype(jnp.float32)
     goal = smooth(targets, label_smoothing)
@@ -69,6 +76,19 @@ def smooth(targets: Float[Array, "b v"], label_smoothing: ArrayLike) -> Float[Ar
     """(1 - a) targets + a / v in float32 (Szegedy et al. 2016, arXiv:1512.00567, section 7)."""
     amount = jnp.asarray(label_smoothing, jnp.float32)
     return (1.0 - amount) * targets.astype(jnp.float32) + amount / targets.shape[-1]
+
+
+def _without_padding(logits: Array, targets: Array, mask: Array | None) -> Array:
+    """The logits in float32, zero where the mask is False.
+
+    A NaN there must not reach the loss at all: its gradient would be 0 * NaN, even if the mean leaves its value out.
+    """
+    rows = logits.shape[:-1] if mask is None else mask.shape
+    if logits.ndim != 2 or logits.shape != targets.shape or rows != logits.shape[:1]:
+        found = f"{logits.shape}, {targets.shape} and {None if mask is None else mask.shape}"
+        raise ValueError(f"Expected logits [b, v], targets [b, v] and a mask [b] or None, found the shapes {found}.")
+    logits = logits.astype(jnp.float32)
+    return logits if mask is None else jnp.where(mask[:, None], logits, 0.0)
 
 
 def masked_mean(values: Float[Array, "b"], mask: Bool[Array, "b"] | None) -> Float[Array, ""]:

@@ -1,6 +1,7 @@
 """Evaluation metrics as sums: exact over any batching, padding and sharding, each example counted once.
 
-`batch_sums` runs inside jit; its results are added over batches (`add_sums`) and turned into figures (`summarise`).
+`batch_sums` runs inside jit; its results are added over batches (`add_sums`) and turned into figures (`summarise`);
+`multilabel_batch_sums` and `summarise_multilabel` are the same for several labels per example.
 """
 
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ def batch_sums(
     """Sums over one batch of single-label classification, over all of it and per class.
 
     Args:
-        logits: unnormalised scores.
+        logits: unnormalised scores; where they are not finite there is no hit and no prediction, and the loss is NaN.
         labels: class numbers; outside the mask anything, inside it a number that is no class makes the loss NaN.
         mask: False for padding.
         confusion: also count (label, prediction) pairs, an integer matrix [v, v].
@@ -35,8 +36,11 @@ def batch_sums(
     labels = jnp.where(labels < 0, num_classes, labels)  # out of range rather than counted from the end
     log_p = jax.nn.log_softmax(logits)
     _, ranked = jax.lax.top_k(logits, min(5, num_classes))
-    hits = ranked == labels[:, None]
-    predicted, confidence = ranked[:, 0], jnp.exp(jnp.max(log_p, axis=-1))
+    confidence = jnp.exp(jnp.max(log_p, axis=-1))
+    # `top_k` ranks NaNs first: without this a dead model would score as one that always says class 0.
+    usable = jnp.isfinite(confidence)
+    hits = (ranked == labels[:, None]) & usable[:, None]
+    predicted = jnp.where(usable, ranked[:, 0], num_classes)  # out of range: counted nowhere
     bins = jnp.clip(jnp.ceil(confidence * NUM_BINS).astype(jnp.int32) - 1, 0, NUM_BINS - 1)
     per_class = jnp.zeros((num_classes,), jnp.int32)
     in_bin = jax.nn.one_hot(bins, NUM_BINS, dtype=bool) & mask[:, None]
@@ -97,28 +101,43 @@ def add_sums(total: Mapping[str, Any] | None, sums: Mapping[str, Any]) -> dict[s
 
 
 def summarise(total: Mapping[str, Any]) -> dict[str, float]:
-    """Turns a total of `add_sums` into figures.
+    """Turns the total of several `batch_sums` into figures.
 
-    Returns: loss and count; for one label top1 and top5 (fractions; fewer than five classes: all of them) and ece, the
-        expected calibration error; for several labels mean_average_precision, over the classes that occur, and a loss
-        summed over the classes.
+    Returns: loss and count; top1 and top5 (fractions; fewer than five classes: all of them); ece, the expected
+        calibration error.
 
     Raises:
         ValueError: not one example was counted.
     """
+    figures = _loss_and_count(total)
+    gap = np.abs(np.asarray(total["bin_top1"]) - np.asarray(total["bin_confidence"]))
+    return figures | {
+        "top1": float(total["top1"]) / figures["count"],
+        "top5": float(total["top5"]) / figures["count"],
+        "ece": float(gap.sum()) / figures["count"],
+    }
+
+
+def summarise_multilabel(total: Mapping[str, Any]) -> tuple[dict[str, float], np.ndarray]:
+    """Turns the total of several `multilabel_batch_sums` into figures, and the average precision of each class.
+
+    Returns: loss (summed over the classes), count and mean_average_precision (over the classes that occur); and what
+        that is the mean of, see `average_precision`.
+
+    Raises:
+        ValueError: not one example was counted.
+    """
+    figures = _loss_and_count(total)
+    precision = average_precision(np.concatenate(total["rows_scores"]), np.concatenate(total["rows_labels"]))
+    mean = float(np.nanmean(precision)) if (precision >= 0).any() else np.nan
+    return figures | {"mean_average_precision": mean}, precision
+
+
+def _loss_and_count(total: Mapping[str, Any]) -> dict[str, float]:
     count = int(total["count"])
     if count == 0:
         raise ValueError("No example was evaluated: the split is empty or all of it is masked.")
-    figures = {"loss": float(total["loss"]) / count, "count": float(count)}
-    if "rows_scores" in total:
-        precision = average_precision(np.concatenate(total["rows_scores"]), np.concatenate(total["rows_labels"]))
-        return figures | {"mean_average_precision": float(np.nanmean(precision)) if (precision >= 0).any() else np.nan}
-    gap = np.abs(np.asarray(total["bin_top1"]) - np.asarray(total["bin_confidence"]))
-    return figures | {
-        "top1": float(total["top1"]) / count,
-        "top5": float(total["top5"]) / count,
-        "ece": float(gap.sum()) / count,
-    }
+    return {"loss": float(total["loss"]) / count, "count": float(count)}
 
 
 def average_precision(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:

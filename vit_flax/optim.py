@@ -14,6 +14,7 @@ import optax
 from optax import contrib
 
 from vit_flax.param_groups import KERNELS, make_groups
+from vit_flax.precision import wide
 from vit_flax.schedules import is_off, make_schedule
 from vit_flax.typing import ArrayLike, PyTree
 from vit_flax.update_rules import CLIP_NORMS, find_rule
@@ -113,13 +114,13 @@ def make_optimizer(
 
 
 def clip(clip_norm: ArrayLike | None) -> optax.GradientTransformation:
-    """Scales the gradient down to the given global norm; not at all for None or 0."""
+    """Scales the gradient down to the given global norm; not at all for None or 0, which may be traced."""
     if clip_norm is None or is_off(clip_norm):
         return optax.identity()
 
     def scale_down(updates: PyTree, _: Any) -> PyTree:
         # `optax.clip_by_global_norm` divides every number: XLA's CPU backend then writes the gradient once more.
-        factor = jnp.minimum(1.0, clip_norm / optax.tree.norm(updates))
+        factor = jnp.where(jnp.greater(clip_norm, 0), jnp.minimum(1.0, clip_norm / optax.tree.norm(updates)), 1.0)
         return jax.tree.map(lambda u: u * factor, updates)
 
     return optax.stateless(scale_down)
@@ -178,7 +179,8 @@ def ema_update(ema: PyTree, params: PyTree, step: ArrayLike, decay: ArrayLike, w
     """Moves the exponential moving average of the weights by one step.
 
     Args:
-        ema: the average so far, in its own dtype; the initial weights before the first update.
+        ema: the average so far, in its own dtype (in bfloat16 it would stand still); the initial weights before the
+            first update.
         params: the new weights.
         step: number of updates of the average done so far.
         decay: part of the average that is kept, near 1.
@@ -201,18 +203,15 @@ def _built_for_params(chain: Callable[[PyTree], optax.GradientTransformation]) -
     rules, whatever the caller has set.
     """
 
-    def precise(tree):
-        return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
-
     def init(params):
         with jax.numpy_dtype_promotion("standard"):
-            return chain(params).init(precise(params))
+            return chain(params).init(wide(params))
 
     def update(updates, state, params=None):
         if params is None:
             raise ValueError("This optimiser reads the parameters: call update(gradients, state, params).")
         with jax.numpy_dtype_promotion("standard"):
-            updates, state = chain(params).update(precise(updates), state, precise(params))
+            updates, state = chain(params).update(wide(updates), state, wide(params))
         return jax.tree.map(lambda u, p: u.astype(p.dtype), updates, params), state
 
     return optax.GradientTransformation(init, update)

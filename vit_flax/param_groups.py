@@ -15,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from vit_flax.precision import wide
 from vit_flax.typing import Array, ArrayLike, PyTree
 
 KERNELS = (r"(.*/)?kernel",)
-EMBEDDINGS = r"(.*/)?(patch_embed|posemb|cls_token|registers)/.*"
+# All that comes before the blocks.
+EMBEDDINGS = r"(.*/)?(patch_embed|posemb|cls_token|dist_token|registers|pre_norm)/.*"
 _STACK = re.compile(r"(^|/)blocks/")
 _BLOCK = re.compile(r"(^|/)block_(\d+)/")
 
@@ -62,8 +64,9 @@ def make_groups(
         decay_multipliers: pairs (pattern, factor) for their weight decay; the factors of all that match multiply.
         lr_multipliers: pairs (pattern, factor); the factors of all patterns that match multiply. A factor applies to
             the decay of its parameters too, as the learning rate of a parameter group does in torch.
-        layer_decay: factor d of layer-wise learning-rate decay: d^(L+1-id), id 0 for the embeddings, i+1 for block i,
-            L+1 for the rest (BEiT, arXiv:2106.08254; MAE, arXiv:2111.06377, table 9).
+        layer_decay: factor d of layer-wise learning-rate decay: d^(L+1-id), id 0 for the embeddings (all that
+            comes before the blocks), i+1 for block i, L+1 for the rest (BEiT, arXiv:2106.08254; MAE, arXiv:2111.06377,
+            table 9).
         freeze: patterns of the parameters that stay as they are.
         train_last_blocks: freezes the embeddings and all but the last so many blocks; 0 leaves the final norm, the
             pooling and the head.
@@ -217,12 +220,12 @@ def layer_norms(tree: PyTree) -> dict[str, Array]:
     """Norm of each top-level module and each block of a tree of gradients, updates or parameters.
 
     The keys, for example "patch_embed", "block_0" and "head", are the same for stacked blocks and for a loop of blocks;
-    the squares add up to the square of `optax.tree.norm(tree)`.
+    the squares add up to the square of `precision.norm(tree)`.
     """
     squares: dict[str, Array] = {}
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
         names = _names(path, x)
-        by_layer = jnp.sum(jnp.square(x.astype(jnp.float32).reshape(len(names), -1)), axis=1)
+        by_layer = jnp.sum(jnp.square(wide(x).reshape(len(names), -1)), axis=1)
         for i, name in enumerate(names):
             block = _BLOCK.search(name)
             key = name[: block.end() - 1] if block else name.split("/")[0]

@@ -6,29 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# FLOP/s of one JAX device for dense bfloat16 matrix products, from the vendors' data sheets, by `device_kind`.
-KNOWN = {
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA L4": 121e12,
-    "NVIDIA L40S": 362e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-}
+from vit_flax.chips import BFLOAT16_FLOPS_PER_SEC
 
 
 def find_peak(peak_tflops: float | int | str, dtype: str) -> tuple[float, str] | None:
     """FLOP/s of one device, and a sentence that says where the number is from.
 
     Args:
-      peak_tflops: "known": the table above; "measured": the fastest of some large matrix products, now; or a number.
+      peak_tflops: "known": by `chips.BFLOAT16_FLOPS_PER_SEC`; "measured": the fastest of some large matrix products,
+        now; or a number.
       dtype: of the products that are measured.
 
     Returns: None for "known" where the device is not in the table, as a CPU never is.
@@ -36,7 +22,8 @@ def find_peak(peak_tflops: float | int | str, dtype: str) -> tuple[float, str] |
     check(peak_tflops)
     kind = jax.local_devices()[0].device_kind
     if peak_tflops == "known":
-        return (KNOWN[kind], f"known: {kind}, dense bfloat16") if kind in KNOWN else None
+        known = BFLOAT16_FLOPS_PER_SEC.get(kind)
+        return None if known is None else (known, f"known: {kind}, dense bfloat16")
     if peak_tflops == "measured":
         peak, side = measure(dtype)
         return peak, f"measured now: {dtype} product of {side} x {side} matrices on {kind}"

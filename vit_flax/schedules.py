@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
+import numpy as np
 
 from vit_flax.typing import Array, ArrayLike
 
@@ -57,6 +58,12 @@ def make_schedule(
         raise ValueError("schedule='constant' never reaches end_lr; give cooldown_steps > 0 or drop the key.")
     if schedule != "rsqrt" and timescale_steps is not None:
         raise ValueError(f"timescale_steps belongs to schedule='rsqrt', found {schedule=}; drop the key.")
+    if is_off(warmup_steps) and not is_off(warmup_lr):
+        raise ValueError(
+            "warmup_lr is where the warm-up starts, and there is none; give warmup_steps > 0 or drop the key."
+        )
+    if is_off(cooldown_steps) and cooldown_shape != "linear":
+        raise ValueError(f"{cooldown_shape=} without a cool-down; give cooldown_steps > 0 or drop the key.")
     peak, start, end = (jnp.asarray(x, jnp.float32) for x in (lr, warmup_lr, end_lr))
     warmup, cooldown, hold = (jnp.asarray(x, jnp.float32) for x in (warmup_steps, cooldown_steps, end_steps))
     timescale = jnp.asarray(10_000 if timescale_steps is None else timescale_steps, jnp.float32)
@@ -104,7 +111,7 @@ def _check(schedule, cooldown_shape, total_steps, *durations) -> None:
         raise ValueError(f"Unknown {cooldown_shape=}; expected one of {', '.join(COOLDOWNS)}.")
     if total_steps < 1:
         raise ValueError(f"{total_steps=} must be at least 1.")
-    known = [d for d in durations if isinstance(d, int | float)]
+    known = [d for d in durations if isinstance(d, int | float | np.number)]
     if min(known, default=0) < 0 or sum(known) > total_steps:
         raise ValueError(
             f"warmup_steps, end_steps and cooldown_steps, found {known}, must not be negative and must fit into "
@@ -113,5 +120,5 @@ def _check(schedule, cooldown_shape, total_steps, *durations) -> None:
 
 
 def is_off(value: object) -> bool:
-    """True for a Python None or 0; a traced number is always on, whatever its value."""
-    return value is None or (isinstance(value, int | float) and value == 0)
+    """True for None or a 0 of Python or NumPy; a JAX array is always on, as a traced one has no value yet."""
+    return value is None or (isinstance(value, int | float | np.number) and bool(value == 0))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from vit_flax.precision import norm, wide
 from vit_flax.typing import Array, PyTree
 
 Metrics = dict[str, Array]
@@ -25,7 +26,7 @@ class TrainState(struct.PyTreeNode):
       step: number of steps taken, int32; the position in the data follows from it.
       params: of the model.
       opt_state: of the optimiser.
-      ema: moving average of `params`, or None.
+      ema: moving average of `params`, in float32 or better, or None.
       key: the run's random key; never changes, a step folds its number in.
       hparams: the numbers that a sweep may vary, by their dotted config key (see docs/architecture.md).
       skipped_steps: steps that were skipped because something was not finite, since the start, int32.
@@ -64,7 +65,7 @@ def init_state(
         step=zero,
         params=params,
         opt_state=optimizer(hparams).init(params),
-        ema=jax.tree.map(jnp.copy, params) if "run.ema_decay" in hparams else None,
+        ema=jax.tree.map(jnp.copy, wide(params)) if "run.ema_decay" in hparams else None,
         key=train_key,
         hparams=hparams,
         skipped_steps=zero,
@@ -97,10 +98,11 @@ def train_step(
 
     Args:
       state: is consumed (its buffers are donated).
-      batch: arrays whose first axis is the global batch.
+      batch: arrays whose first axis is the global batch; `mask` bool [b] among them, if it is cut into parts.
       objective: `(params, batch, key, hparams) -> (mean loss, metrics)`.
       optimizer: makes the optimiser from `state.hparams`; its update already holds the learning rate.
-      accumulate_steps: the batch is cut into that many parts, one after the other, to save memory.
+      accumulate_steps: the batch is cut into that many parts, one after the other, to save memory; each counts by the
+        examples that its mask keeps.
       ema_update: `(ema, params, step, decay) -> ema`, for a state that has one.
       layer_norms: norms of the parts of a gradient or update, by name; the default has none.
 
@@ -115,7 +117,7 @@ def train_step(
     updates, opt_state = optimizer(state.hparams).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     trees = {"grad_norm": grads, "update_norm": updates, "param_norm": params}
-    numbers = {"loss": loss, **{name: optax.tree.norm(tree) for name, tree in trees.items()}}
+    numbers = {"loss": loss, **{name: norm(tree) for name, tree in trees.items()}}
     ok = jnp.all(jnp.isfinite(jnp.stack([x.astype(jnp.float32) for x in numbers.values()])))
 
     def keep_if_bad(new: PyTree, old: PyTree) -> PyTree:
@@ -141,7 +143,7 @@ def train_step(
 def _gradients(
     objective: Objective, state: TrainState, batch: dict[str, Array], key: Array, parts: int
 ) -> tuple[Array, Metrics, PyTree]:
-    """Loss, metrics and gradients, averaged over `parts` equal parts of the batch."""
+    """Loss, metrics and gradients: means over the examples that the mask keeps, part by part in float32 or better."""
     grad = jax.value_and_grad(objective, has_aux=True)
     if parts == 1:
         (loss, metrics), grads = grad(state.params, batch, key, state.hparams)
@@ -151,18 +153,21 @@ def _gradients(
         if x.shape[0] % parts:
             raise ValueError(f"accumulate_steps={parts} must divide the batch size {x.shape[0]}.")
 
-    def one(total: PyTree, part_and_index: tuple[dict[str, Array], Array]) -> tuple[PyTree, None]:
-        part, index = part_and_index
-        (loss, metrics), grads = grad(state.params, part, jax.random.fold_in(key, index), state.hparams)
-        return jax.tree.map(jnp.add, total, (loss, metrics, grads)), None
+    def one(total: PyTree, turn: tuple[dict[str, Array], Array, Array]) -> tuple[PyTree, None]:
+        part, weight, index = turn
+        means = grad(state.params, part, jax.random.fold_in(key, index), state.hparams)
+        return jax.tree.map(lambda t, x: t + weight.astype(t.dtype) * x, total, wide(means)), None
 
     # Part i takes every `parts`-th example, so that each part stays spread over all devices.
     cut = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), batch)
     first = jax.tree.map(lambda x: x[0], cut)
-    shapes = jax.eval_shape(grad, state.params, first, key, state.hparams)
-    (loss, metrics), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    total, _ = jax.lax.scan(one, (loss, metrics, grads), (cut, jnp.arange(parts)))
-    return jax.tree.map(lambda x: x / parts, total)
+    kept = jnp.sum(cut["mask"], axis=1).astype(jnp.float32)
+    weights = kept * parts / jnp.maximum(jnp.sum(kept), 1.0)  # exactly 1 for parts without padding
+    shapes = jax.eval_shape(lambda *x: wide(grad(*x)), state.params, first, key, state.hparams)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    total, _ = jax.lax.scan(one, zeros, (cut, weights, jnp.arange(parts)))
+    (loss, metrics), grads = jax.tree.map(lambda x: x / parts, total)
+    return loss, metrics, grads
 
 
 def classification(
@@ -188,12 +193,13 @@ def classification(
       loss: `(logits, targets, mask, hparams=) -> mean loss`.
       num_classes: v.
 
-    Returns: the loss, and the top-1 accuracy on the (augmented) batch.
+    Returns: the loss, and the top-1 accuracy on the (augmented) batch: over what the mask keeps, 0 where that is none.
     """
     augment_key, dropout_key = jax.random.split(key)
     labels = batch["label"]
     targets = labels.astype(jnp.float32) if labels.ndim == 2 else jax.nn.one_hot(labels, num_classes)
     images, targets = augment(augment_key, batch["image"], targets, hparams=hparams)
     logits, _ = apply({"params": params}, images, train=True, rngs={"dropout": dropout_key}, hparams=hparams)
-    hits = jnp.argmax(logits, -1) == jnp.argmax(targets, -1)
-    return loss(logits, targets, batch["mask"], hparams=hparams), {"top1": jnp.mean(hits, where=batch["mask"])}
+    hits = (jnp.argmax(logits, -1) == jnp.argmax(targets, -1)) & batch["mask"]
+    top1 = jnp.sum(hits).astype(jnp.float32) / jnp.maximum(jnp.sum(batch["mask"]), 1).astype(jnp.float32)
+    return loss(logits, targets, batch["mask"], hparams=hparams), {"top1": top1}

@@ -163,13 +163,22 @@ def muon(
 
     Each layer's matrix is orthogonalised on its own, query, key and value as d x (heads * head_dim). `consistent_rms`
     0.2 gives the update the usual size of Adam's, so that both share one learning rate and one weight decay; None
-    scales by sqrt(max(1, out / in)) as in Jordan's code.
+    scales by sqrt(max(1, out / in)) as in Jordan's code. `matrices` must name all layers of a stacked parameter or
+    none; anything else is a ValueError.
 
     Source: Jordan et al. 2024 (kellerjordan.github.io/posts/muon); Liu et al. 2025 (arXiv:2502.16982), section 2.2.
     """
 
+    def label(path, hit: np.ndarray) -> str:
+        if hit.any() and not hit.all():
+            raise ValueError(
+                f"matrices: the layers of {name_of(path)!r} are one array, and all of them are orthogonalised or none; "
+                f"found patterns for {hit.sum()} of {hit.size}. Name all, as in 'blocks/.*kernel', or none."
+            )
+        return "matrix" if hit.any() else "other"
+
     def labels(params: PyTree) -> PyTree:
-        return jax.tree.map(lambda hit: "matrix" if hit.any() else "other", any_match(matrices, params, "matrices"))
+        return jax.tree_util.tree_map_with_path(label, any_match(matrices, params, "matrices"))
 
     def dimension_numbers(params: PyTree) -> PyTree:
         return jax.tree_util.tree_map_with_path(lambda path, x: _matrix_axes(name_of(path)), params)

@@ -31,11 +31,11 @@ _DTYPE = flags.DEFINE_list("dtype", ["float32"], "float32, bfloat16.")
 _ATTENTION = flags.DEFINE_list("attention", ["auto"], "auto, xla, cudnn, cpu.")
 _LAYERS = flags.DEFINE_list("layers", ["auto"], "auto, scan, loop, or a number of blocks per turn of the scan.")
 _REMAT = flags.DEFINE_list("remat", ["auto"], "auto, none, dots, full, offload.")
-_IMAGE_PX = flags.DEFINE_integer("image_px", 224, "Side of the images.")
-_NUM_CLASSES = flags.DEFINE_integer("num_classes", 1000, "Classes.")
+_IMAGE_PX = flags.DEFINE_integer("image_px", 224, "Side of the images.", lower_bound=1)
+_NUM_CLASSES = flags.DEFINE_integer("num_classes", 1000, "Classes.", lower_bound=1)
 _PEERS = flags.DEFINE_bool("peers", False, "Measure Flax's layers, timm, transformers, Keras too, where installed.")
-_ROUNDS = flags.DEFINE_integer("rounds", 7, "Turns of each case; the median is reported.")
-_MIN_SECONDS = flags.DEFINE_float("min_seconds", 0.5, "A turn does as many steps as take so long.")
+_ROUNDS = flags.DEFINE_integer("rounds", 7, "Turns of each case; the median is reported.", lower_bound=1)
+_MIN_SECONDS = flags.DEFINE_float("min_seconds", 0.5, "A turn does as many steps as take so long.", lower_bound=0)
 _FIND_BATCH = flags.DEFINE_bool("find_batch", False, "Find the largest batch that fits, of each combination.")
 _COMPILE_DEPTHS = flags.DEFINE_list("compile_depths", [], "Measure the compile time of these depths instead.")
 
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
     try:
         cases = cases_of_flags()
         for case in cases:
-            case.model()
+            case.check()
     except ValueError as error:
         raise app.UsageError(str(error)) from error
     if _COMPILE_DEPTHS.value:
@@ -71,10 +71,10 @@ def cases_of_flags() -> list[Any]:
     for dtype in _DTYPE.value:
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"--dtype={dtype} is unknown: expected float32 or bfloat16.")
-    for name, values, words in (("layers", _LAYERS.value, ("auto", "scan", "loop")), ("batch", _BATCH.value, ())):
-        for value in values:
-            if value not in words and not (value.isdigit() and int(value) > 0):
-                raise ValueError(f"--{name}={value}: expected {', '.join([*words, 'a positive whole number'])}.")
+    for flag, words in ((_LAYERS, ("auto", "scan", "loop")), (_BATCH, ()), (_COMPILE_DEPTHS, ())):
+        for value in flag.value:
+            if value not in words and not (value.isdecimal() and int(value) > 0):
+                raise ValueError(f"--{flag.name}={value}: expected {', '.join([*words, 'a positive whole number'])}.")
     product = itertools.product(
         _VARIANT.value, _BATCH.value, _MODE.value, _DTYPE.value, _ATTENTION.value, _LAYERS.value, _REMAT.value
     )

@@ -78,6 +78,11 @@ class Case:
             **fields,
         )
 
+    def check(self) -> None:
+        """Raises ValueError for a choice that the model does not know, or images that do not fit; computes nothing."""
+        image = jax.ShapeDtypeStruct((1, self.image_px, self.image_px, 3), jnp.float32)
+        jax.eval_shape(partial(self.model().init, train=False), jax.random.key(0), image)
+
     def flops(self) -> float:
         """Floating-point operations per call, see `models.flops.forward_flops`; a training step counts as three."""
         model = self.model()

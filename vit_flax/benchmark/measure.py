@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vit_flax.chips import BFLOAT16_FLOPS_PER_SEC
+
 
 class LeftOut(RuntimeError):
     """A case cannot be measured here; the message says which and why."""
@@ -97,28 +99,10 @@ def ceilings(dtypes: set[str], tokens: int, width: int, mlp_dim: int) -> dict[st
     }
 
 
-# Dense peak in TFLOP/s with float32 accumulation, by a part of JAX's `device_kind`, from the makers' data sheets.
-DATA_SHEET: dict[str, dict[str, float]] = {
-    "H100": {"bfloat16": 989.4},
-    "H200": {"bfloat16": 989.4},
-    "A100": {"bfloat16": 312.0, "float32": 19.5},
-    "L40S": {"bfloat16": 362.0},
-    "L4": {"bfloat16": 121.0},
-    "RTX 4090": {"bfloat16": 165.2},
-    "TPU v4": {"bfloat16": 275.0},
-    "TPU v5 lite": {"bfloat16": 197.0},
-    "TPU v5": {"bfloat16": 459.0},
-    "TPU v6 lite": {"bfloat16": 918.0},
-}
-
-
 def data_sheet_gflops(dtype: str) -> float | None:
-    """The maker's figure for this device, or None where it is not in the table."""
-    kind = jax.devices()[0].device_kind
-    for name, peaks in DATA_SHEET.items():
-        if name in kind:
-            return peaks[dtype] * 1e3 if dtype in peaks else None
-    return None
+    """The maker's figure for dense products on this device; None where there is none, as for all but bfloat16."""
+    known = BFLOAT16_FLOPS_PER_SEC.get(jax.devices()[0].device_kind)
+    return None if known is None or dtype != "bfloat16" else known / 1e9
 
 
 def peak_memory_bytes() -> int:

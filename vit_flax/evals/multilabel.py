@@ -64,10 +64,9 @@ class Multilabel:
             total = metrics.add_sums(total, sums)
         if total is None:
             raise ValueError("No example was evaluated: the split is empty.")
-        labels = np.concatenate(total["rows_labels"])
-        precision = metrics.average_precision(np.concatenate(total["rows_scores"]), labels)
+        figures, precision = metrics.summarise_multilabel(total)  # sorts the split once per class
         self.details = {
-            "class_count": labels.sum(axis=0).tolist(),
+            "class_count": np.concatenate(total["rows_labels"]).sum(axis=0).tolist(),
             "class_average_precision": [None if np.isnan(p) else float(p) for p in precision],
         }
-        return metrics.summarise(total)
+        return figures

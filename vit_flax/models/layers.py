@@ -225,9 +225,12 @@ def drop_path(x: Float[Array, "b n d"], rate: Float[Array, ""], key: Array) -> F
 
     Args:
       x: the branch.
-      rate: probability of dropping, in [0, 1); a traced value, because blocks under a scan differ in it.
+      rate: probability of dropping, in [0, 1]; a traced value, because blocks under a scan differ in it.
       key: random key.
     """
     keep = 1.0 - rate
     kept = jax.random.bernoulli(key, keep, (x.shape[0], 1, 1))
-    return jnp.where(kept, x / keep.astype(x.dtype), jnp.zeros_like(x))
+    scale = jnp.where(keep > 0, keep, 1.0).astype(
+        x.dtype
+    )  # the gradient of a branch that is never kept is 0, not 0 / 0
+    return jnp.where(kept, x / scale, jnp.zeros_like(x))
