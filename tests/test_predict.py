@@ -64,6 +64,16 @@ def test_probabilities_are_those_of_the_run(run, capsys):
         assert [best["probability"] for best in row["top"]] == sorted(ours, reverse=True)
 
 
+def test_folders_give_the_pictures_that_training_takes(tmp_path, monkeypatch):
+    for name in ("b.JPG", "a.png", "folder.jpg/deep.webp", ".hidden.jpg", "._a.png", ".cache/c.jpg", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    expected = [tmp_path / name for name in ("a.png", "b.JPG", "folder.jpg/deep.webp")]
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    assert predict.find_pictures([str(tmp_path)]) == predict.find_pictures([f"~/{tmp_path.name}"]) == expected
+    assert predict.find_pictures([f"~/{tmp_path.name}/a.png"]) == expected[:1]
+
+
 def test_what_cannot_be_read_is_said_and_the_rest_is_classified(run, capsys, tmp_path):
     folder, _, _ = run
     bad = tmp_path / "bad.png"

@@ -27,8 +27,9 @@ from vit_flax.convert import Preprocess, Pretrained, load_pretrained
 from vit_flax.convert.arguments import size, whole
 from vit_flax.convert.preprocess import Evaluation
 from vit_flax.data.decode import MODES, DecodeError, open_picture
-from vit_flax.data.folder import SUFFIXES
+from vit_flax.data.folder import list_pictures
 from vit_flax.data.transforms import make_transform
+from vit_flax.picture_folders import SUFFIXES
 
 
 def predict(
@@ -153,15 +154,15 @@ def _best(probabilities: np.ndarray, names: Sequence[str], top: int) -> list[dic
 
 
 def find_pictures(places: Sequence[str]) -> list[Path]:
-    """The files named, and the pictures in the folders named, sorted within each folder.
+    """The files named, and the pictures in the folders named, sorted within each folder; what training takes of them.
 
     Raises: FileNotFoundError: a place does not exist, or a folder holds no picture.
     """
     found: list[Path] = []
-    for place in map(Path, places):
+    for place in (Path(place).expanduser() for place in places):
         if not place.exists():
             raise FileNotFoundError(f"{place}: there is no such picture or folder.")
-        inside = sorted(p for p in place.rglob("*") if p.suffix.lower() in SUFFIXES) if place.is_dir() else [place]
+        inside = [place / name for name in list_pictures(place, place, [])] if place.is_dir() else [place]
         if not inside:
             raise FileNotFoundError(f"{place}: the folder holds no picture ({', '.join(SUFFIXES)}).")
         found += inside
