@@ -78,6 +78,12 @@ def test_split_folders_in_any_case(tmp_path, train, val):
     assert paths_of(second)[0] == f"{val}/cat/0.jpg"
 
 
+def test_what_macos_leaves_beside_the_class_folders_is_no_picture(tmp_path):
+    fill(tmp_path / "train", ["cat", "dog"])
+    (tmp_path / "train" / "._cat.jpg").write_bytes(b"")
+    assert Folder(root=tmp_path, split="train").class_names == ("cat", "dog")
+
+
 def test_two_splits_of_one_name_are_refused(tmp_path):
     for split in ("train", "Val", "val"):
         fill(tmp_path / split, ["cat", "dog"], 1)
@@ -297,6 +303,16 @@ def test_a_picture_in_two_splits_of_a_table_is_named(tmp_path, caplog):
     rows = [("path", "label", "split"), ("x/0.jpg", "a", "train"), ("x/1.jpg", "a", "train"), ("./x/1.jpg", "a", "val")]
     Folder(csv=write_table(tmp_path / "labels.csv", rows), split="train")
     assert "1 pictures are in more than one split: x/1.jpg" in caplog.text
+
+
+def test_a_picture_in_two_spellings_is_one_picture(tmp_path, caplog):
+    fill(tmp_path, ["x"], 60)
+    spellings = [form.format(i) for i in range(60) for form in ("x/{}.jpg", "./x/{}.jpg", "x/../x//{}.jpg")]
+    table = write_table(tmp_path / "labels.csv", [("path", "label"), *((path, "a") for path in spellings)])
+    train, val, whole = (paths_of(Folder(csv=table, split=split)) for split in ("train", "val", "all"))
+    assert (len(whole), len(set(whole))) == (60, 60)
+    assert not set(train) & set(val)
+    assert "lists 60 pictures again; each counts once: x/0.jpg" in caplog.text
 
 
 def test_a_quotation_mark_that_is_never_closed(tmp_path):

@@ -218,6 +218,11 @@ def _list_csv(
         raise ValueError(f"{file} writes labels in two ways, e.g. {twice[0]!r} and {int(twice[0])}: choose one")
     number = {name: label for label, name in enumerate(classes)}
     _check_existence(file, root, [path for path, _, _ in rows])
+    if again := [row for row, count in collections.Counter(rows).items() if count > 1]:
+        rows = list(dict.fromkeys(rows))
+        logging.warning(
+            "%s lists %d pictures again; each counts once: %s", file, len(again), _some([r[0] for r in again])
+        )
     splits = {name for _, _, name in rows}
     if splits == {None}:
         by_class: list[list[str]] = [[] for _ in classes]
@@ -229,7 +234,7 @@ def _list_csv(
             raise ValueError(f"no split {name!r} in {file}; its column has {_some(sorted(map(str, splits)))}")
     splits_of: dict[str, set[str | None]] = collections.defaultdict(set)
     for path, _, name in rows:
-        splits_of[os.path.normpath(path)].add(name)
+        splits_of[path].add(name)
     if shared := [path for path, names in splits_of.items() if len(names) > 1]:
         logging.warning("%s: %d pictures are in more than one split: %s", file, len(shared), _some(shared))
     if untaught := sorted(set(classes) - {label for _, label, name in rows if name == "train"}):
@@ -238,7 +243,7 @@ def _list_csv(
 
 
 def _read_csv(file: Path) -> list[tuple[str, str, str | None]]:
-    """(path, label, split) of each row."""
+    """(path, label, split) of each row; paths in one spelling, as a picture must not be in two parts of the data."""
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -253,11 +258,11 @@ def _read_csv(file: Path) -> list[tuple[str, str, str | None]]:
     if not {"path", "label"} <= set(columns):
         raise ValueError(f"expected a first line with the columns path,label (and split) in {file}, found {columns}")
     for line, row in lines:
-        path, label = row["path"], (row["label"] or "").strip()
+        path, label = os.path.normpath(row["path"] or ""), (row["label"] or "").strip()
         split = (row["split"] or "").strip() if "split" in columns else None
-        if not path or not label or split == "" or None in row:
+        if not row["path"] or not label or split == "" or None in row:
             raise ValueError(f"{file}, line {line}: expected {','.join(columns)}, found {row}")
-        first = labels.setdefault(os.path.normpath(path), label)
+        first = labels.setdefault(path, label)
         if first != label:
             raise ValueError(f"{file}, line {line}: {path} has two labels, {first!r} and {label!r}")
         rows.append((path, unicodedata.normalize("NFC", label), split))
