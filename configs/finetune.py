@@ -1,7 +1,7 @@
 """Fine-tuning from any checkpoint, on pictures in folders or on a small data set.
 
-Argument   CHECKPOINT,DATA,SIZE. CHECKPOINT is whatever `load_pretrained` opens (file, folder, workdir, address). DATA
-           is a folder (see `vit_flax.data.folder`: FOLDER/<class>/*.jpg, or with train/ and val/ above) or one of
+Argument   CHECKPOINT,DATA[,SIZE]. CHECKPOINT is whatever `load_pretrained` opens (file, folder, workdir, address). DATA
+           is a folder (see `vit_flax.data.folder`: FOLDER/<class>/*.jpg, or train/ and val/ or test/ above) or one of
            digits, mnist, fashion_mnist, cifar10, cifar100. SIZE is the side of the square pictures in pixels (224); the
            position table is resampled for it.
 Recipe     SGD with momentum 0.9, no weight decay, clipping at 1, a cosine, and a head of zeros: the transfer recipe of
@@ -13,15 +13,18 @@ Cost       45 s on two CPU cores, for the default.
 Command    python -m vit_flax.main --config configs/finetune.py:vit_small.safetensors,~/pictures --workdir runs/mine
 """
 
+from pathlib import Path
+
 from ml_collections import ConfigDict
+
+from vit_flax.picture_folders import held_out_split
 
 SMALL = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100")
 
 
 def get_config(arg: str = "tests/golden/vit_jax_prelinen.ckpt.npz,digits,32") -> ConfigDict:
     """The job; `arg` as above."""
-    checkpoint, data, *size = arg.split(",")
-    size_px = int(size[0]) if size else 224
+    checkpoint, data, size_px = _parse(arg)
     config = ConfigDict()
     config.run = dict(seed=0, total_epochs=10.0, log_every_steps=20)
     config.init = dict(path=checkpoint, preprocess="checkpoint")
@@ -32,7 +35,7 @@ def get_config(arg: str = "tests/golden/vit_jax_prelinen.ckpt.npz,digits,32") ->
     config.data = dict(
         source=dict(name=data) if data in SMALL else dict(name="folder", root=data),
         train_split="train",
-        eval_split="test" if data in SMALL else "val",
+        eval_split="test" if data in SMALL else held_out_split(Path(data).expanduser()),
         batch_size=64,
         eval_batch_size=64,
         train_transforms=whole if data in SMALL else crop,
@@ -54,3 +57,12 @@ def get_config(arg: str = "tests/golden/vit_jax_prelinen.ckpt.npz,digits,32") ->
     config.evals = dict(test=dict(type="classification", every_epochs=2.0))
     config.mesh = dict(data=-1, fsdp=1, tensor=1)  # data parallel on all devices; see docs/scaling.md
     return config
+
+
+def _parse(arg: str) -> tuple[str, str, int]:
+    """Checkpoint, data and size in pixels."""
+    parts = [part.strip() for part in arg.split(",")]
+    size = parts[2] if len(parts) == 3 else "224"
+    if len(parts) not in (2, 3) or not all(parts) or not size.isdecimal() or int(size) == 0:
+        raise ValueError(f"expected CHECKPOINT,DATA[,SIZE] after configs/finetune.py:, SIZE in pixels; found {arg!r}")
+    return parts[0], parts[1], int(size)

@@ -13,22 +13,18 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from vit_flax.picture_folders import class_folders, held_out_split
+
 
 def get_config(root: str = "") -> ConfigDict:
     """Trains on the pictures below `root`, which comes after the colon of --config."""
     folder = Path(root).expanduser().absolute()
-    in_train = list((folder / "train").glob("[!.]*"))
-    pictures = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-    # With pictures in it, "train" is a class.
-    in_splits = any(p.is_dir() for p in in_train) and not any(p.suffix.lower() in pictures for p in in_train)
-    held_out = next((name for name in ("val", "validation", "test") if in_splits and (folder / name).is_dir()), "val")
-    classes = [path for path in (in_train if in_splits else folder.glob("[!.]*")) if path.is_dir()]
     config = ConfigDict()
     config.run = dict(seed=0, total_epochs=100.0, log_every_steps=20)
     config.data = dict(
         source=dict(name="folder", root=str(folder)) if root else dict(name="digits"),
         train_split="train",
-        eval_split=held_out if root else "test",
+        eval_split=held_out_split(folder) if root else "test",
         batch_size=64,
         eval_batch_size=64,
         train_transforms=[
@@ -44,7 +40,7 @@ def get_config(root: str = "") -> ConfigDict:
     )
     config.model = dict(
         variant="Ti/16",
-        num_classes=len(classes) if root else 10,
+        num_classes=len(class_folders(folder)) if root else 10,
         posemb="sincos2d",
         pool="gap",
         drop_path=0.1,

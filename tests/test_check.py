@@ -25,7 +25,7 @@ def folder(tmp_path):
 
 def test_good_source(folder, capsys):
     assert main(["--source", "folder", f"root={folder}", "--splits", "train"]) == 0
-    expected = "train: 6 records, 0 bad; 2 classes of 3 to 3; pictures from 8x6 to 10x6 px\n"
+    expected = "train: 6 records, 0 bad; 2 classes of 3 to 3 (cat, dog); pictures from 8x6 to 10x6 px\n"
     assert capsys.readouterr().out == expected
 
 
@@ -41,11 +41,20 @@ def test_all_bad_files_are_listed_at_once(folder, capsys):
     assert "3 bad; 2 classes of 1 to 2" in lines[-1]
 
 
+def test_only_some_of_many_classes_are_named(tmp_path, capsys):
+    for i in range(12):
+        (tmp_path / f"class{i:02d}").mkdir()
+        (tmp_path / f"class{i:02d}" / "0.jpg").write_bytes(jpeg())
+    assert main(["--source", "folder", f"root={tmp_path}", "--splits", "all"]) == 0
+    assert "(class00, class01, " in (printed := capsys.readouterr().out)
+    assert "class09 and 2 more)" in printed
+
+
 def test_all_files_are_bad(folder, capsys):
     for path in folder.rglob("*.jpg"):
         path.write_bytes(b"")
     assert main(["--source", "folder", f"root={folder}", "--splits", "train"]) == 1
-    assert capsys.readouterr().out.splitlines()[-1] == "train: 6 records, 6 bad; 2 classes of 0 to 0"
+    assert capsys.readouterr().out.splitlines()[-1] == "train: 6 records, 6 bad; 2 classes of 0 to 0 (cat, dog)"
 
 
 def test_a_file_that_disappeared(folder):

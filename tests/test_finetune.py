@@ -263,3 +263,19 @@ def test_shipped_config_on_a_folder_of_pictures(tmp_path):
     assert state.params["posemb"]["table"].shape == (1, 64, 32)
     assert results["test/count"] == 10
     assert load_pretrained(tmp_path / "run").preprocess.crop_fraction == pytest.approx(64 / 73)
+
+
+@pytest.mark.parametrize(("held_out", "split"), [("val", "val"), ("test", "test"), ("Validation", "validation")])
+def test_shipped_config_evaluates_on_the_split_that_there_is(tmp_path, held_out, split):
+    for path in (tmp_path / folder / name for folder in ("train", held_out) for name in ("cat", "dog")):
+        path.mkdir(parents=True)
+    config = finetune.get_config(f"{CHECKPOINT},{tmp_path}")
+    assert (config.data.eval_split, config.data.eval_transforms[1]["size_px"]) == (split, 224)
+
+
+@pytest.mark.parametrize(
+    "argument", ["vit.npz", "vit.npz,", ",digits", "vit.npz,digits,big", "vit.npz,digits,32,8", ""]
+)
+def test_shipped_config_says_which_arguments_it_takes(argument):
+    with pytest.raises(ValueError, match=r"expected CHECKPOINT,DATA\[,SIZE\].*found '" + argument):
+        finetune.get_config(argument)

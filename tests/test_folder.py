@@ -10,6 +10,7 @@ from PIL import Image
 
 from vit_flax.data.folder import Folder
 from vit_flax.data.sources import Source, make_source
+from vit_flax.picture_folders import class_folders, held_out_split
 
 
 def jpeg(shade=0):
@@ -66,6 +67,49 @@ def test_a_class_may_be_called_train(tmp_path):
     assert Folder(root=tmp_path, split="all").class_names == ("plane", "train")
 
 
+@pytest.mark.parametrize(("train", "val"), [("Train", "Val"), ("TRAIN", "validation"), ("train", "Test")])
+def test_split_folders_in_any_case(tmp_path, train, val):
+    for split, count in ((train, 3), (val, 2)):
+        fill(tmp_path / split, ["cat", "dog"], count)
+    assert held_out_split(tmp_path) == val.lower()
+    assert class_folders(tmp_path) == ["cat", "dog"]
+    first, second = (Folder(root=tmp_path, split=split) for split in ("train", val.lower()))
+    assert (first.class_names, len(first), len(second)) == (("cat", "dog"), 6, 4)
+    assert paths_of(second)[0] == f"{val}/cat/0.jpg"
+
+
+def test_what_macos_leaves_beside_the_class_folders_is_no_picture(tmp_path):
+    fill(tmp_path / "train", ["cat", "dog"])
+    (tmp_path / "train" / "._cat.jpg").write_bytes(b"")
+    assert Folder(root=tmp_path, split="train").class_names == ("cat", "dog")
+
+
+def test_two_splits_of_one_name_are_refused(tmp_path):
+    for split in ("train", "Val", "val"):
+        fill(tmp_path / split, ["cat", "dog"], 1)
+    if len(list(tmp_path.iterdir())) < 3:
+        pytest.skip("this file system knows one case only")
+    with pytest.raises(ValueError, match="two of them have the same name"):
+        Folder(root=tmp_path, split="train")
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (["pets/cat", "pets/dog"], r"found one, pets, with the folders cat, dog; if those .* name .*/pets\."),
+        (["cat"], r"found one, cat\. With one class"),
+        (["train/pets/cat", "train/pets/dog", "val/pets/cat"], "/train, found one, pets, with the folders cat, dog"),
+        (["Training/cat", "Training/dog", "Testing/cat"], "look like splits .*: Testing, Training. Call the one"),
+        (["val/cat", "val/dog", "test/cat"], "look like splits .*: test, val. Call the one"),
+    ],
+)
+def test_a_folder_of_another_level_is_not_taken_for_classes(tmp_path, layout, message):
+    for path in layout:
+        fill(tmp_path / path, ["."])
+    with pytest.raises(ValueError, match=message):
+        Folder(root=tmp_path, split="train")
+
+
 def test_splits_with_other_classes_are_refused(tmp_path):
     fill(tmp_path / "train", ["cat", "dog"])
     fill(tmp_path / "val", ["cat", "dgo"])
@@ -77,14 +121,21 @@ def test_nested_folders_and_suffixes(tmp_path):
     fill(tmp_path / "cat", ["one", "two"], 1)
     fill(tmp_path, ["cat"], 1, ".PNG")
     fill(tmp_path, ["cat"], 1, ".webp")
-    assert paths_of(Folder(root=tmp_path, split="all")) == ["cat/0.PNG", "cat/0.webp", "cat/one/0.jpg", "cat/two/0.jpg"]
+    fill(tmp_path, ["dog"], 1)
+    assert paths_of(Folder(root=tmp_path, split="all")) == [
+        "cat/0.PNG",
+        "cat/0.webp",
+        "cat/one/0.jpg",
+        "cat/two/0.jpg",
+        "dog/0.jpg",
+    ]
 
 
 def test_other_files_are_named(tmp_path, caplog):
-    fill(tmp_path, ["cat"])
+    fill(tmp_path, ["cat", "dog"])
     (tmp_path / "cat" / "notes.txt").write_text("")
     (tmp_path / "cat" / ".DS_Store").write_text("")
-    assert len(Folder(root=tmp_path, split="all")) == 3
+    assert len(Folder(root=tmp_path, split="all")) == 6
     assert "notes.txt" in caplog.text
     assert "DS_Store" not in caplog.text
 
@@ -125,7 +176,7 @@ def test_too_few_pictures_to_hold_any_out(tmp_path):
 
 
 def test_names_that_are_not_utf8_are_named(tmp_path):
-    fill(tmp_path, ["cat"])
+    fill(tmp_path, ["cat", "dog"])
     try:
         (tmp_path / "cat" / os.fsdecode(b"\xff\xfe.jpg")).write_bytes(jpeg())
     except OSError:
@@ -141,7 +192,7 @@ def test_names_in_two_unicode_forms_are_the_same_class(tmp_path):
 
 
 def test_a_picture_that_disappears_is_named(tmp_path):
-    fill(tmp_path, ["cat"])
+    fill(tmp_path, ["cat", "dog"])
     source = Folder(root=tmp_path, split="all")
     (tmp_path / "cat" / "1.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=r"cat/1.jpg"):
@@ -162,7 +213,7 @@ def test_the_two_forms_of_a_name_are_held_out_alike(tmp_path):
 
 
 def test_fingerprint_sees_another_file(tmp_path):
-    fill(tmp_path, ["cat"])
+    fill(tmp_path, ["cat", "dog"])
     first, again = (Folder(root=tmp_path, split="all").fingerprint() for _ in range(2))
     (tmp_path / "cat" / "2.jpg").rename(tmp_path / "cat" / "3.jpg")
     other = Folder(root=tmp_path, split="all").fingerprint()
@@ -171,7 +222,7 @@ def test_fingerprint_sees_another_file(tmp_path):
 
 
 def test_pickling(tmp_path):
-    fill(tmp_path, ["cat"])
+    fill(tmp_path, ["cat", "dog"])
     source = Folder(root=tmp_path, split="all")
     assert pickle.loads(pickle.dumps(source))[1] == source[1]
 
@@ -252,6 +303,16 @@ def test_a_picture_in_two_splits_of_a_table_is_named(tmp_path, caplog):
     rows = [("path", "label", "split"), ("x/0.jpg", "a", "train"), ("x/1.jpg", "a", "train"), ("./x/1.jpg", "a", "val")]
     Folder(csv=write_table(tmp_path / "labels.csv", rows), split="train")
     assert "1 pictures are in more than one split: x/1.jpg" in caplog.text
+
+
+def test_a_picture_in_two_spellings_is_one_picture(tmp_path, caplog):
+    fill(tmp_path, ["x"], 60)
+    spellings = [form.format(i) for i in range(60) for form in ("x/{}.jpg", "./x/{}.jpg", "x/../x//{}.jpg")]
+    table = write_table(tmp_path / "labels.csv", [("path", "label"), *((path, "a") for path in spellings)])
+    train, val, whole = (paths_of(Folder(csv=table, split=split)) for split in ("train", "val", "all"))
+    assert (len(whole), len(set(whole))) == (60, 60)
+    assert not set(train) & set(val)
+    assert "lists 60 pictures again; each counts once: x/0.jpg" in caplog.text
 
 
 def test_a_quotation_mark_that_is_never_closed(tmp_path):

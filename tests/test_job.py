@@ -11,7 +11,8 @@ import pytest
 from tests.helpers import csv_rows, metrics_lines, tiny_config
 from vit_flax import job as job_module
 from vit_flax import train_log
-from vit_flax.config import ConfigError, in_steps
+from vit_flax.augment import augment
+from vit_flax.config import ConfigError, bind, in_steps
 from vit_flax.job import build
 from vit_flax.optim import eval_params
 from vit_flax.signals import StopSignal
@@ -183,6 +184,40 @@ def keep_until(last, save):
         return step <= last and save(self, step, *arguments, **named)
 
     return kept
+
+
+@pytest.mark.parametrize("accumulate_steps", [1, 4])
+def test_the_picture_of_the_first_batch_is_what_the_first_step_gets(tmp_path, monkeypatch, accumulate_steps):
+    config = tiny_config(augment__mixup_alpha=0.4, run__accumulate_steps=accumulate_steps, run__data_seed=5)
+    del config.augment["affine"]  # it takes long to compile
+    job = build(config, devices=jax.devices()[:1])
+    seen, drawn = [], []
+
+    def objective(params, batch, key, hparams):
+        change = bind(augment, "augment", job.sections["augment"])
+        seen.append(
+            change(jax.random.split(key)[0], batch["image"], jax.nn.one_hot(batch["label"], 10), hparams=hparams)
+        )
+        return jnp.zeros(()), {}
+
+    batch = next(job.train_batches(0))
+    key = jax.random.fold_in(job.init().key, 0)
+    parts = {name: array[::accumulate_steps] for name, array in batch.items()}
+    objective({}, parts, key if accumulate_steps == 1 else jax.random.fold_in(key, 0), job.init().hparams)
+
+    def grid(images, captions):
+        drawn.extend([images, captions])
+        return np.zeros((8, 8, 3), np.uint8)
+
+    monkeypatch.setattr(job_module.pictures, "grid", grid)
+    with job.writer(tmp_path, start_step=0, quiet=True) as writer:
+        job.draw(batch, writer)
+    images, targets = seen[0]
+    expected = np.clip(255 * (np.asarray(images[:24]) * 0.5 + 0.5), 0, 255)
+    assert abs(drawn[0].astype(float) - expected).max() <= 1.0
+    captions = [job_module.pictures.caption(row, job.data.class_names) for row in np.asarray(targets[:24])]
+    assert drawn[1] == captions
+    assert any("\n" in caption for caption in captions)  # mixup is on
 
 
 def test_a_run_leaves_report_pictures_facts_and_trace(tmp_path):

@@ -18,6 +18,14 @@ def test_grid_holds_every_image(count, size, channels):
         np.testing.assert_array_equal(sheet[top : top + tile.shape[0], left : left + tile.shape[1]], tile)
 
 
+def test_every_line_of_a_caption_is_drawn():
+    images = np.full((2, 8, 8, 1), 255, np.uint8)
+    one, two, other = (grid(images, [text, ""]) for text in ("70% dog", "70% dog\n30% cat", "70% dog\n20% cat"))
+    np.testing.assert_array_equal(two[: len(one) - 6], one[: len(one) - 6])
+    assert len(two) == len(one) + 14
+    assert (two != other).any()
+
+
 def test_small_images_are_enlarged_without_smoothing():
     image = np.array([[[0], [255]], [[255], [0]]], np.uint8)
     big = np.asarray(to_image(image, 4))
@@ -28,7 +36,7 @@ def test_small_images_are_enlarged_without_smoothing():
     ("target", "text"),
     [
         ([0.0, 1.0, 0.0], "dog"),
-        ([0.3, 0.7, 0.0], "dog 70% + cat 30%"),
+        ([0.3, 0.7, 0.0], "70% dog\n30% cat"),
         ([1.0, 0.0, 1.0], "cat, elk"),
         ([0.0, 0.0, 0.0], ""),
     ],

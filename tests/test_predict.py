@@ -1,6 +1,7 @@
 """Classes of pictures, from the command line: the same numbers as the evaluation of the run gives."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -8,9 +9,9 @@ import pytest
 from PIL import Image
 
 from tests.helpers import tiny_config
-from vit_flax import predict
+from vit_flax import load_pretrained, predict
 from vit_flax.augment import normalize
-from vit_flax.convert.workdir import preprocess_of
+from vit_flax.convert.workdir import evaluation_of, preprocess_of
 from vit_flax.data.digits import read_digits
 from vit_flax.data.transforms import make_transform
 from vit_flax.job import build
@@ -61,6 +62,16 @@ def test_probabilities_are_those_of_the_run(run, capsys):
             assert best["class"] == str(best["index"])
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
         assert [best["probability"] for best in row["top"]] == sorted(ours, reverse=True)
+
+
+def test_folders_give_the_pictures_that_training_takes(tmp_path, monkeypatch):
+    for name in ("b.JPG", "a.png", "folder.jpg/deep.webp", ".hidden.jpg", "._a.png", ".cache/c.jpg", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    expected = [tmp_path / name for name in ("a.png", "b.JPG", "folder.jpg/deep.webp")]
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    assert predict.find_pictures([str(tmp_path)]) == predict.find_pictures([f"~/{tmp_path.name}"]) == expected
+    assert predict.find_pictures([f"~/{tmp_path.name}/a.png"]) == expected[:1]
 
 
 def test_what_cannot_be_read_is_said_and_the_rest_is_classified(run, capsys, tmp_path):
@@ -116,7 +127,7 @@ def test_numbers_on_the_command_line(arguments, message, capsys):
 
 
 def test_preparation_that_the_checkpoint_does_not_know_can_be_given(run, capsys, tmp_path):
-    from vit_flax import load_pretrained, save_pretrained
+    from vit_flax import save_pretrained
 
     folder, _, _ = run
     loaded = load_pretrained(folder / "run")
@@ -131,6 +142,92 @@ def test_preparation_that_the_checkpoint_does_not_know_can_be_given(run, capsys,
     assert bare[0]["top"] == lines(capsys)[0]["top"]
     assert predict.main([*arguments, "--preprocess", '{"size": 3}']) == 2
     assert "--preprocess: " in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Two classes of pictures, one of which a camera stored on its side."""
+    root = tmp_path_factory.mktemp("photographs")
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (root / name).mkdir()
+        for i in range(40):
+            coarse = Image.fromarray(rng.integers(0, 256, (8, 12, 3), dtype=np.uint8))
+            exif = Image.Exif()
+            exif[0x0112] = 6 if i % 2 else 1
+            coarse.resize((72, 48), Image.Resampling.BICUBIC).save(root / name / f"{i}.jpg", exif=exif)
+    return root
+
+
+def photograph_config(root, eval_transforms):
+    config = tiny_config(run__total_steps=2, model__num_classes=2, model__patch_size=8)
+    config.data.update(dict(source=dict(name="folder", root=str(root)), eval_split="val", batch_size=8))
+    config.data.update(dict(train_transforms=[dict(op="resize", size_px=32)], eval_transforms=eval_transforms))
+    config.augment = dict(mean=(0.4, 0.5, 0.6), std=(0.2,))
+    return config
+
+
+EVALUATIONS = [
+    [dict(op="resize", size_px=32)],
+    [dict(op="decode", apply_exif=False), dict(op="resize", size_px=(32, 48))],
+    [dict(op="resize", size_px=64)],
+    [dict(op="resize_small", size_px=73), dict(op="central_crop", size_px=64)],
+    [dict(op="resize_small", size_px=48, filter="lanczos"), dict(op="central_crop", size_px=(32, 40))],
+    [dict(op="resize", size_px=40, filter="bicubic"), dict(op="central_crop", size_px=32)],
+    [dict(op="central_crop", size_px=32)],
+]
+
+
+@pytest.mark.parametrize("eval_transforms", EVALUATIONS, ids=str)
+def test_pictures_are_prepared_as_the_evaluation_batch_of_the_run(photographs, eval_transforms):
+    job = build(photograph_config(photographs, eval_transforms))
+    batch = next(iter(job.data.eval()))
+    expected = np.asarray(normalize(jax.numpy.asarray(batch["image"]), mean=(0.4, 0.5, 0.6), std=(0.2,)))
+    prepare = predict.as_evaluated(evaluation_of(job.about()["preprocessing"]), "run")
+    assert prepare.shape == expected.shape[1:]
+    for row in np.flatnonzero(batch["mask"]).tolist():
+        ours = predict._read(Path(job.data.eval_source[row]["id"]), prepare)
+        np.testing.assert_allclose(ours, expected[row], atol=1e-6)
+
+
+def test_a_folder_of_a_run_brings_its_evaluation_along(photographs, tmp_path, capsys):
+    config = photograph_config(photographs, [dict(op="decode", apply_exif=False), dict(op="central_crop", size_px=48)])
+    train(config, tmp_path / "run")
+    job = build(config)
+    picture = job.data.eval_source[0]["id"]
+    loaded = load_pretrained(tmp_path / "run")
+    assert (loaded.image_size, loaded.channels, loaded.preprocess) == ((48, 48), 3, None)
+    image = jax.numpy.asarray(next(iter(job.data.eval()))["image"][:1])
+    expected = normalize(image, mean=(0.4, 0.5, 0.6), std=(0.2,))
+    logits = loaded.model.apply({"params": jax.device_put(loaded.params)}, expected, train=False)[0]
+    capsys.readouterr()  # what the training printed
+    assert predict.main(["--checkpoint", str(tmp_path / "run"), picture, "--json"]) == 0
+    best = lines(capsys)[0]["top"][0]
+    assert best["probability"] == pytest.approx(float(jax.nn.softmax(logits).max()), abs=1e-6)
+    small = tmp_path / "small.png"
+    Image.new("RGB", (20, 60)).save(small)
+    assert predict.main(["--checkpoint", str(tmp_path / "run"), str(small)]) == 1
+    assert f"'{small}': central_crop needs 48 x 48 pixels" in capsys.readouterr().err
+    assert predict.main(["--checkpoint", str(tmp_path / "run"), picture, "--image_size", "32"]) == 2
+    message = capsys.readouterr().err
+    assert "for one image size only what its pictures went through" in message
+    assert "'op': 'central_crop', 'size_px': 48" in message
+
+
+def test_an_evaluation_that_draws_random_numbers_is_refused():
+    evaluation = evaluation_of(
+        dict(image_shape=[8, 8, 3], transforms=[dict(op="random_crop", size_px=8)], mean=[0.0], std=[1.0])
+    )
+    with pytest.raises(ValueError, match=r"run: no picture has one answer, .*'random_crop'.*--preprocess"):
+        predict.as_evaluated(evaluation, "run")
+
+
+def test_mean_and_std_of_another_number_of_channels(run, capsys):
+    folder, _, _ = run
+    given = json.dumps({"image_size": [8, 8], "mean": [0.5] * 3, "std": [0.5] * 3})
+    arguments = ["--checkpoint", str(folder / "run"), str(folder / "pictures" / "0.png"), "--preprocess", given]
+    assert predict.main(arguments) == 2
+    assert "takes 1 channels, mean and std are for 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("filter", "antialias"), [("bilinear", True), ("bilinear", False), ("bicubic", True)])
@@ -155,6 +252,29 @@ def test_pictures_are_prepared_as_in_the_evaluation_of_the_run(filter, antialias
     assert abs(ours - theirs).mean() < 0.5
 
 
-def test_more_than_a_resize_and_a_crop_is_not_guessed():
-    ops = [dict(op="decode"), dict(op="resize", size_px=8), dict(op="flip")]
+@pytest.mark.parametrize(
+    ("ops", "crop_fraction", "keep_aspect"),
+    [
+        ([dict(op="resize", size_px=16)], None, True),
+        ([dict(op="resize", size_px=(20, 40)), dict(op="central_crop", size_px=(16, 32))], 0.8, False),
+        ([dict(op="resize_small", size_px=20), dict(op="central_crop", size_px=16)], 0.8, True),
+    ],
+)
+def test_preprocess_has_the_size_of_the_evaluation(ops, crop_fraction, keep_aspect):
+    preprocess = preprocess_of(dict(image_shape=[8, 8, 3], transforms=ops, mean=[0.0], std=[1.0]))
+    assert preprocess is not None
+    assert preprocess.image_size == ((16, 32) if keep_aspect is False else (16, 16))
+    assert (preprocess.crop_fraction, preprocess.keep_aspect) == (crop_fraction, keep_aspect)
+
+
+@pytest.mark.parametrize(
+    "ops",
+    [
+        [dict(op="decode"), dict(op="resize", size_px=8), dict(op="flip")],
+        [dict(op="decode", apply_exif=False), dict(op="resize", size_px=8)],
+        [dict(op="central_crop", size_px=8)],
+        [dict(op="resize_small", size_px=10), dict(op="central_crop", size_px=(8, 6))],
+    ],
+)
+def test_what_a_preprocess_cannot_say_is_not_guessed(ops):
     assert preprocess_of(dict(image_shape=[8, 8, 3], transforms=ops, mean=[0.0], std=[1.0])) is None

@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+import os
 import re
 import subprocess
 import sys
@@ -190,6 +191,15 @@ def test_command(tmp_path):
     assert failed.returncode == 2
     assert failed.stderr.startswith("error: There is no config.json")
     assert "Traceback" not in failed.stderr
+
+
+def test_a_locale_without_unicode_does_not_end_the_report(tmp_path):
+    folder = make_workdir(tmp_path / "a", names=("caf\u00e9", "\u732b"))
+    plain = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-m", "vit_flax.report", "--workdir", folder]
+    done = subprocess.run(command, cwd=ROOT, env=plain, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "caf\u00e9" in (folder / "report.html").read_text(encoding="utf-8")
 
 
 def svg(chart):

@@ -99,3 +99,22 @@ def test_command(tmp_path):
     unknown = launch("--out", tmp_path / "batch.png", "--config.data.batch=3")
     assert unknown.returncode == 2
     assert "unknown key data.batch: did you mean data.batch_size?" in unknown.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--config=configs/vit_from_scratch_512.py:foo"], "ValueError: unknown argument 'foo'"),
+        (["--config=configs/nope.py"], "configs/nope.py"),
+        (["--config=tests/configs/tiny.py", "--step=x"], "flag --step=x"),
+        (["--config=tests/configs/tiny.py", "--steps=1"], "Unknown command line flag 'steps'"),
+        (["--config=tests/configs/tiny.py", "--config.model.width=wide"], "invalid literal for int()"),
+    ],
+)
+def test_mistakes_on_the_command_line_end_with_a_message(tmp_path, words, message):
+    command = [sys.executable, "-m", "vit_flax.data.show", "--out", tmp_path / "batch.png", *words]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=120)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 4

@@ -37,7 +37,7 @@ def read_record(path: Path) -> dict[str, Any]:
     Raises: FileNotFoundError: it has none. OSError: it is damaged.
     """
     try:
-        sealed = json.loads((path / RECORD / RECORD).read_text())
+        sealed = json.loads((path / RECORD / RECORD).read_text(encoding="utf-8"))
         record = sealed["record"]
         whole = sealed["sha256"] == _digest(record) and record["step"] == int(path.name)
     except (ValueError, KeyError, TypeError) as error:
@@ -71,7 +71,7 @@ class RecordHandler(ocp.JsonCheckpointHandler):
 
         async def write() -> None:
             if jax.process_index() == 0:
-                with open(directory / RECORD, "w") as file:
+                with open(directory / RECORD, "w", encoding="utf-8") as file:
                     file.write(args.text())
                     file.flush()
                     os.fsync(file.fileno())

@@ -39,7 +39,7 @@ from vit_flax.schedules import make_schedule
 from vit_flax.signals import StopSignal
 from vit_flax.sinks import SINKS, Sink, check_installed
 from vit_flax.sinks.files import Files
-from vit_flax.step import TrainState, classification, init_state, train_step
+from vit_flax.step import TrainState, augment_key, classification, init_state, train_step
 from vit_flax.train_log import TrainLog
 from vit_flax.typing import PyTree
 from vit_flax.update_rules import RULES
@@ -218,19 +218,25 @@ class Job:
         )
 
     def draw(self, batch: dict[str, jax.Array], writer: Writer) -> None:
-        """Gives the writer a picture of a batch, as the augmentation leaves it."""
+        """Gives the writer a picture of the first batch, as the first step augments it."""
         if not writer.active:
             return
-        images, labels = (sharding.local_rows(batch[name])[:24] for name in ("image", "label"))
-        targets = labels if labels.ndim == 2 else np.eye(self.data.num_classes)[labels]
-        change = bind(augment, "augment", self.sections["augment"])
-        seen, targets = jax.jit(lambda *arrays: change(jax.random.key(self.run.seed), *arrays, hparams={}))(
-            images, targets.astype(np.float32)
-        )
+        # Of several processes this one has its own rows only: an image's partner in a mix may be another one's.
+        rows = batch if jax.process_count() == 1 else {k: sharding.local_rows(batch[k]) for k in ("image", "label")}
+        seen, targets = (array[:24] for array in self.augmented(rows, 0))
         pixels = {k: np.asarray(self.sections["augment"][k], np.float32) for k in ("mean", "std")}
         shown = np.clip(255 * (np.asarray(seen, np.float32) * pixels["std"] + pixels["mean"]), 0, 255).astype(np.uint8)
         captions = [pictures.caption(row, self.data.class_names) for row in np.asarray(targets)]
         writer.picture(1, "train/batch", pictures.grid(shown, captions))
+
+    def augmented(self, batch: Mapping[str, Any], step: int) -> tuple[jax.Array, jax.Array]:
+        """Images and targets as the step after `step` steps makes them of a batch; of its first part if it has any."""
+        parts = self.run.accumulate_steps
+        images, labels = (batch[name][::parts] for name in ("image", "label"))
+        targets = labels.astype(np.float32) if labels.ndim == 2 else jax.nn.one_hot(labels, self.data.num_classes)
+        _, train_key = jax.random.split(jax.random.key(self.run.seed))  # as in `init_state`
+        change = jax.jit(bind(augment, "augment", {**self.sections["augment"], "dtype": np.float32}))
+        return change(augment_key(train_key, step, parts), images, targets, hparams=self.init_arguments()[1])
 
     def writer(self, folder: Path | None, *, start_step: int, quiet: bool = False) -> Writer:
         """The console (unless `quiet`) and, where there is a folder, the files and the sinks of the config."""

@@ -88,7 +88,7 @@ class Life:
 
     def said(self, text: str) -> bool:
         """Whether the process has printed this."""
-        return self.output.exists() and text in self.output.read_text(errors="replace")
+        return self.output.exists() and text in self.output.read_text(encoding="utf-8", errors="replace")
 
     def wait_until(self, condition: Callable[[], bool], timeout_secs: float = 120.0) -> bool:
         """Waits for something, or for the end of the process; whether it happened."""
@@ -116,7 +116,7 @@ class Life:
 
     def last_words(self) -> str:
         """The end of what the process printed."""
-        return self.output.read_text(errors="replace")[-3000:] if self.output.exists() else ""
+        return self.output.read_text(encoding="utf-8", errors="replace")[-3000:] if self.output.exists() else ""
 
 
 class Lives:
@@ -200,7 +200,7 @@ class Reference:
 
 def metrics_of(workdir: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, without what depends on the clock."""
-    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return [{name: value for name, value in line.items() if name not in CLOCK} for line in lines]
 
 

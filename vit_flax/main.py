@@ -9,12 +9,13 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from vit_flax.config import ConfigError, explain_overrides
+from vit_flax.command_line import parse_flags, stop
+from vit_flax.config import ConfigError
 from vit_flax.signals import exit_on_signals
 
 # Keys that the file leaves at their defaults may be given as flags; `build` knows which keys there are.
@@ -59,17 +60,17 @@ def main(argv: list[str]) -> None:
     """Runs one mode; what the user can put right ends with a message and exit code 2, without a traceback."""
     exit_on_signals()
     if len(argv) > 1:
-        _stop(f"unexpected argument {argv[1]!r}: options start with --config, --workdir or --mode.")
+        stop(f"unexpected argument {argv[1]!r}: options start with --config, --workdir or --mode.")
     try:
         config = _CONFIG.value
     except OSError as error:
-        _stop(str(error))
+        stop(str(error))
     if config is None:
-        _stop("--config is needed, such as --config configs/digits.py.")
+        stop("--config is needed, such as --config configs/digits.py.")
     if _MODE.value != "dry_run" and not _WORKDIR.value:
-        _stop("--workdir is needed: a folder for checkpoints and metrics.")
+        stop("--workdir is needed: a folder for checkpoints and metrics.")
     if _TOPOLOGY.value and _MODE.value != "dry_run":
-        _stop("--topology is for --mode dry_run: its devices are not here.")
+        stop("--topology is for --mode dry_run: its devices are not here.")
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
     from vit_flax import distributed
 
@@ -80,7 +81,7 @@ def main(argv: list[str]) -> None:
             several = distributed.is_started() and not isinstance(error, ConfigError)
             if os.environ.get("VIT_FLAX_TRACEBACK") or several:
                 raise
-            _stop(f"{error}\n(VIT_FLAX_TRACEBACK=1 shows where.)", code=2)
+            stop(f"{error}\n(VIT_FLAX_TRACEBACK=1 shows where.)", code=2)
 
 
 @contextlib.contextmanager
@@ -119,24 +120,6 @@ def _run(config: ConfigDict) -> None:
         dry_run(config, _TOPOLOGY.value)
     else:
         {"train": train, "eval": evaluate}[_MODE.value](config, _WORKDIR.value)
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """The parser of absl, with a message instead of a traceback for what the command line or the config has wrong."""
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        if os.environ.get("VIT_FLAX_TRACEBACK"):
-            raise
-        message, _, traceback = str(error).partition("Traceback")  # of a config file that raises
-        _stop("".join([message.strip(), *(f"\n{line}" for line in traceback.strip().splitlines()[-1:])]))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        _stop(explain_overrides(argv, str(error)))
-
-
-def _stop(message: str, code: int = 1) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -12,29 +12,31 @@ BLUE, RED = (31, 92, 178), (192, 57, 43)
 
 
 def grid(images: np.ndarray, captions: Sequence[str], *, columns: int = 8, tile_px: int = 96) -> np.ndarray:
-    """Images side by side with a line of text below each, uint8 [h, w, 3].
+    """Images side by side with text below each, uint8 [h, w, 3].
 
     Args:
       images: uint8 [n, h, w, c], c being 1 or 3.
-      captions: one each; cut to the width of a tile.
+      captions: one each, of one line or several; lines are cut to the width of a tile.
       columns: of the grid.
       tile_px: longer side of an image in the picture.
     """
-    font, line_px, gap = _font(12), 18, 6
+    font, gap = _font(12), 6
+    text_px = 4 + 14 * max(caption.count("\n") + 1 for caption in captions)
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
-    sheet = Image.new("RGB", (columns * (tile_px + gap) + gap, rows * (tile_px + line_px + gap) + gap), PAPER)
+    sheet = Image.new("RGB", (columns * (tile_px + gap) + gap, rows * (tile_px + text_px + gap) + gap), PAPER)
     draw = ImageDraw.Draw(sheet)
     for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
         left = gap + number % columns * (tile_px + gap)
-        top = gap + number // columns * (tile_px + line_px + gap)
+        top = gap + number // columns * (tile_px + text_px + gap)
         sheet.paste(to_image(image, tile_px), (left, top))
-        draw.text((left, top + tile_px + 2), _cut(caption, font, tile_px), fill=INK, font=font)
+        for place, line in enumerate(caption.split("\n")):
+            draw.text((left, top + tile_px + 2 + 14 * place), _cut(line, font, tile_px), fill=INK, font=font)
     return np.asarray(sheet)
 
 
 def caption(target: np.ndarray, class_names: Sequence[str]) -> str:
-    """The classes of a target [v], the heaviest three, with their parts where it is mixed: "3" or "3 70% + 8 30%".
+    """The classes of a target [v], the heaviest three; where it is mixed, each with its part on a line: "70% dog".
 
     A name that the font of the pictures cannot draw loses its accents, or gives way to "class" and its number.
     """
@@ -42,7 +44,8 @@ def caption(target: np.ndarray, class_names: Sequence[str]) -> str:
     names = {i: _drawable(class_names[i], i) for i in heaviest}
     if all(target[i] == 1 for i in heaviest):
         return ", ".join(names.values())
-    return " + ".join(f"{name} {target[i]:.0%}" for i, name in names.items())
+    # The part first: a long name is cut at its end.
+    return "\n".join(f"{target[i]:.0%} {name}" for i, name in names.items())
 
 
 def to_image(image: np.ndarray, side_px: int) -> Image.Image:

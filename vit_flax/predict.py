@@ -4,7 +4,8 @@ python -m vit_flax.predict --checkpoint runs/digits photo.jpg folder/     the fi
 python -m vit_flax.predict --checkpoint vit.safetensors --json *.jpg      one JSON object a line
 
 A checkpoint is whatever `load_pretrained` opens: a file, a folder, the workdir of a run, an address. The pictures go
-through what the checkpoint says they must go through. Exit status: 0 done, 1 some pictures could not be read, 2 an
+through what the checkpoint says they must go through; with the workdir of a run, through the evaluation transforms of
+the run. Exit status: 0 done, 1 some pictures could not be read, 2 an
 error with a message.
 """
 
@@ -12,8 +13,9 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,11 @@ import numpy as np
 
 from vit_flax.convert import Preprocess, Pretrained, load_pretrained
 from vit_flax.convert.arguments import size, whole
+from vit_flax.convert.preprocess import Evaluation
 from vit_flax.data.decode import MODES, DecodeError, open_picture
-from vit_flax.data.folder import SUFFIXES
+from vit_flax.data.folder import list_pictures
+from vit_flax.data.transforms import make_transform
+from vit_flax.picture_folders import SUFFIXES
 
 
 def predict(
@@ -33,13 +38,14 @@ def predict(
     """Yields for every picture, in order, its most probable classes, or why it could not be read.
 
     Args:
-      pretrained: a classifier whose `preprocess` is known.
+      pretrained: a classifier whose `evaluation` or `preprocess` is known.
       paths: of the pictures.
       top: how many classes.
       batch_size: pictures per step of the model; the last step is filled up, so that one program serves all.
 
     Yields: the path, and `{"class": name, "index": int, "probability": float}` for each class, the best one first.
-    Raises: ValueError: the checkpoint has no head or CLIP's, or does not say how pictures were prepared.
+    Raises: ValueError: the checkpoint has no head or CLIP's, does not say how pictures were prepared, or says it for
+      another number of channels than it has.
     """
     if pretrained.model.num_classes is None:
         raise ValueError(f"{pretrained.report.path} has no head: it gives features, not classes. Fine-tune it first.")
@@ -50,13 +56,7 @@ def predict(
             f"{pretrained.report.path} has no classes: its head projects into the space of CLIP's text tower. "
             "Fine-tune it first."
         )
-    if pretrained.preprocess is None:
-        raise ValueError(
-            f"{pretrained.report.path} does not say what its pictures went through. Say it, for example: "
-            """--preprocess '{"image_size": [224, 224], "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], """
-            """"crop_fraction": 0.9, "filter": "bicubic"}'"""
-        )
-    preprocess, params = pretrained.preprocess, jax.device_put(pretrained.params)
+    prepare, params = _preparation(pretrained), jax.device_put(pretrained.params)
     names = pretrained.class_names or [str(i) for i in range(pretrained.model.num_classes)]
 
     @jax.jit
@@ -67,8 +67,8 @@ def predict(
     with ThreadPoolExecutor(4) as pool:
         for start in range(0, len(paths), batch_size):
             batch = paths[start : start + batch_size]
-            read = list(pool.map(lambda path: _read(path, preprocess), batch))
-            images = np.zeros((batch_size, *preprocess.image_size, len(preprocess.mean)), np.float32)
+            read = list(pool.map(lambda path: _read(path, prepare), batch))
+            images = np.zeros((batch_size, *prepare.shape), np.float32)
             for row, image in zip(images, read):
                 if isinstance(image, np.ndarray):
                     row[...] = image
@@ -77,15 +77,75 @@ def predict(
                 yield path, image if isinstance(image, Exception) else _best(row, names, top)
 
 
-def _read(path: Path, preprocess: Preprocess) -> np.ndarray | DecodeError | OSError:
-    channels = len(preprocess.mean)
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """From an encoded picture and its name to what the model takes: `shape` is (rows, columns, channels)."""
+
+    shape: tuple[int, int, int]
+    apply: Callable[[bytes, str], np.ndarray]
+
+
+def _preparation(pretrained: Pretrained) -> Preparation:
+    path, evaluation, preprocess = pretrained.report.path, pretrained.evaluation, pretrained.preprocess
+    if evaluation is not None and evaluation.image_size == pretrained.image_size:
+        prepare = as_evaluated(evaluation, path)
+    elif preprocess is not None:
+        prepare = Preparation((*preprocess.image_size, len(preprocess.mean)), partial(_preprocessed, preprocess))
+    else:
+        problem = "does not say what its pictures went through"
+        if evaluation is not None:
+            problem = f"says for one image size only what its pictures went through: {evaluation}"
+        raise ValueError(f"{path} {problem}. {_ADVICE}")
+    found = prepare.shape[2]
+    if found != pretrained.channels or found not in MODES:
+        raise ValueError(
+            f"The model of {path} takes {pretrained.channels} channels, mean and std are for {found}, and pictures are "
+            "read with 1 or 3. Give --preprocess one mean and one std per channel of the model."
+        )
+    return prepare
+
+
+_ADVICE = (
+    """Say it, for example: --preprocess '{"image_size": [224, 224], "mean": [0.5, 0.5, 0.5], """
+    """"std": [0.5, 0.5, 0.5], "crop_fraction": 0.9, "filter": "bicubic"}'"""
+)
+
+
+def as_evaluated(evaluation: Evaluation, path: str) -> Preparation:
+    """What a run's evaluation does to a picture.
+
+    Raises: ValueError: it draws random numbers; `path` is the run's, for the message.
+    """
+    transform = make_transform(evaluation.transforms)
+    if not transform.ops:  # its pictures had one size; others are brought to it
+        size = {"op": "resize", "size_px": evaluation.image_size}
+        transform = make_transform([*evaluation.transforms, size])
+    if not transform.deterministic:
+        raise ValueError(f"{path}: no picture has one answer, {evaluation} draw random numbers. {_ADVICE}")
+    shape = (*evaluation.image_size, transform.decode.channels)
+    mean, std = np.array(evaluation.mean), np.array(evaluation.std)
+
+    def prepare(data: bytes, name: str) -> np.ndarray:
+        pixels = transform({"image": data, "id": name})["image"]
+        if pixels.shape != shape:
+            raise DecodeError(name, f"it has shape {pixels.shape} after {evaluation}, the model takes {shape}")
+        return ((pixels / 255 - mean) / std).astype(np.float32)
+
+    return Preparation(shape, prepare)
+
+
+def _preprocessed(preprocess: Preprocess, data: bytes, name: str) -> np.ndarray:
+    pixels = np.asarray(open_picture(data, name, channels=len(preprocess.mean)).load())
+    return preprocess(pixels if pixels.ndim == 3 else pixels[:, :, None])
+
+
+def _read(path: Path, prepare: Preparation) -> np.ndarray | DecodeError | OSError:
     try:
-        if channels not in MODES:
-            raise DecodeError(str(path), f"the checkpoint wants {channels} channels; pictures have 1 or 3")
-        pixels = np.asarray(open_picture(path.read_bytes(), str(path), channels=channels).load())
-        return preprocess(pixels if pixels.ndim == 3 else pixels[:, :, None])
+        return prepare.apply(path.read_bytes(), str(path))
     except (DecodeError, OSError) as error:
         return error
+    except ValueError as error:  # of a transform, such as a picture smaller than a crop
+        return DecodeError(str(path), str(error))
 
 
 def _best(probabilities: np.ndarray, names: Sequence[str], top: int) -> list[dict[str, Any]]:
@@ -94,15 +154,15 @@ def _best(probabilities: np.ndarray, names: Sequence[str], top: int) -> list[dic
 
 
 def find_pictures(places: Sequence[str]) -> list[Path]:
-    """The files named, and the pictures in the folders named, sorted within each folder.
+    """The files named, and the pictures in the folders named, sorted within each folder; what training takes of them.
 
     Raises: FileNotFoundError: a place does not exist, or a folder holds no picture.
     """
     found: list[Path] = []
-    for place in map(Path, places):
+    for place in (Path(place).expanduser() for place in places):
         if not place.exists():
             raise FileNotFoundError(f"{place}: there is no such picture or folder.")
-        inside = sorted(p for p in place.rglob("*") if p.suffix.lower() in SUFFIXES) if place.is_dir() else [place]
+        inside = [place / name for name in list_pictures(place, place, [])] if place.is_dir() else [place]
         if not inside:
             raise FileNotFoundError(f"{place}: the folder holds no picture ({', '.join(SUFFIXES)}).")
         found += inside
@@ -138,7 +198,7 @@ def _with_preprocess(pretrained: Pretrained, text: str) -> Pretrained:
         preprocess = Preprocess.from_dict(json.loads(text))
     except (ValueError, TypeError) as error:
         raise ValueError(f"--preprocess: {error}") from error
-    return dataclasses.replace(pretrained, preprocess=preprocess)
+    return dataclasses.replace(pretrained, preprocess=preprocess, evaluation=None)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -73,6 +73,18 @@ def init_state(
     )
 
 
+def augment_key(key: Array, step: Any, accumulate_steps: int = 1) -> Array:
+    """The key by which `train_step` and `classification` augment a batch; its first part where they accumulate.
+
+    Args:
+      key: of the state.
+      step: number of steps taken before.
+      accumulate_steps: as of `train_step`.
+    """
+    key = jax.random.fold_in(key, step)
+    return jax.random.split(key if accumulate_steps == 1 else jax.random.fold_in(key, 0))[0]
+
+
 def _no_average(*_: Any) -> PyTree:
     raise TypeError("This state has a moving average: give train_step an ema_update, such as optim.ema_update.")
 

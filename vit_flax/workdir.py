@@ -91,7 +91,7 @@ def completed(workdir: Path, config: Config) -> Config | None:
     So a run that started from a checkpoint goes on, and is evaluated, without it.
     """
     try:
-        record = json.loads((workdir / "config.json").read_text())
+        record = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
         same = "init" in record["given"] and record["given"] == json.loads(json.dumps(plain(config)))
         return _tuples(record["config"]) if same else None
     except (OSError, ValueError, KeyError, TypeError):
@@ -139,7 +139,7 @@ def check(workdir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
             )
         return None
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         saved = identity(record["config"])
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ConfigError(f"{path} cannot be read ({error!r}). Restore it, or choose another --workdir.") from None

@@ -22,7 +22,7 @@ def describe(opened: Opened) -> str:
         "family": f"{opened.family.name}: {opened.family.about}",
         "model": model_fields(opened.model),
         "image": f"{opened.image_size[0]}x{opened.image_size[1]}, {opened.spec.channels} channels",
-        "preprocess": preprocessing(opened.spec.preprocess),
+        "preprocess": str(opened.spec.evaluation or preprocessing(opened.spec.preprocess)),
         "positions": f"resampled by {opened.spec.posemb_resize!r} for another image size",
         "classes": classes(opened),
     }

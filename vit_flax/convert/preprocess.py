@@ -1,6 +1,7 @@
 """What pictures go through before a checkpoint sees them; it travels with the weights."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,3 +100,28 @@ class Preprocess:
         """The inverse of `to_dict`, from JSON."""
         plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**plain)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the evaluation pictures of a run of ours went through, exactly; `Preprocess` can say some of it only.
+
+    Attributes:
+      image_size: rows and columns in pixels, as the model got them.
+      transforms: the operations of the run's `data.eval_transforms`.
+      mean: per channel, or one for all, of pixels in [0, 1].
+      std: the same for the standard deviation.
+    """
+
+    image_size: tuple[int, int]
+    transforms: tuple[Mapping[str, Any], ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __str__(self) -> str:
+        return f"the run's own evaluation transforms {[dict(op) for op in self.transforms]}"
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Evaluation":
+        """The inverse of `dataclasses.asdict`, from JSON."""
+        return cls(**{k: tuple(v) for k, v in values.items()})

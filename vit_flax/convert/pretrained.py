@@ -12,7 +12,7 @@ from flax.traverse_util import unflatten_dict
 from vit_flax.convert import engine, resample
 from vit_flax.convert.engine import Flat
 from vit_flax.convert.families import find_family
-from vit_flax.convert.preprocess import Preprocess
+from vit_flax.convert.preprocess import Evaluation, Preprocess
 from vit_flax.convert.report import Report, unexplained
 from vit_flax.convert.resample import Grid
 from vit_flax.convert.source import Source, open_source
@@ -28,9 +28,12 @@ class Pretrained:
       model: computes what the family's reference implementation computes (`model.apply({"params": params}, images,
         train=False)`); `model.clone(drop_path=0.1)` changes what does not belong to the weights.
       params: NumPy arrays, blocks stacked.
-      preprocess: what images must go through; None if the checkpoint does not say.
+      preprocess: what images must go through; None if the checkpoint does not say, or says more than can be said so.
       class_names: one per logit; None if the checkpoint does not say.
       report: what became of every tensor.
+      image_size: rows and columns in pixels that the model is for.
+      channels: of the images.
+      evaluation: of a run of ours: what its evaluation pictures went through; None for any other checkpoint.
     """
 
     model: ViT
@@ -38,6 +41,9 @@ class Pretrained:
     preprocess: Preprocess | None
     class_names: tuple[str, ...] | None
     report: Report
+    image_size: Grid
+    channels: int
+    evaluation: Evaluation | None = None
 
 
 def load_pretrained(
@@ -112,11 +118,19 @@ def load_opened(
         params[name] = np.full(shapes[name].shape, value, shapes[name].dtype)
     report = _account(opened, params, used, excused)
     return _adapt(
-        Pretrained(model, params, spec.preprocess, spec.class_names, report),
+        Pretrained(
+            model,
+            params,
+            spec.preprocess,
+            spec.class_names,
+            report,
+            opened.image_size,
+            spec.channels,
+            spec.evaluation,
+        ),
         spec,
         shapes,
         wanted,
-        opened.image_size,
     )
 
 
@@ -213,7 +227,8 @@ def _image_size(spec: Spec, model: ViT) -> Grid:
     assert patch is not None
     if spec.grid:
         return spec.grid[0] * patch[0], spec.grid[1] * patch[1]
-    wanted = spec.preprocess.image_size if spec.preprocess else (224, 224)
+    known = spec.evaluation or spec.preprocess
+    wanted = known.image_size if known else (224, 224)
     return tuple(max(side // p, 1) * p for side, p in zip(wanted, patch, strict=True))  # type: ignore[return-value]
 
 
@@ -282,7 +297,7 @@ def _account(opened: Opened, params: Flat, used: set[str], excused: _Excused) ->
     )
 
 
-def _adapt(stored: Pretrained, spec: Spec, shapes: engine.Shapes, wanted: _Wanted, stored_size: Grid) -> Pretrained:
+def _adapt(stored: Pretrained, spec: Spec, shapes: engine.Shapes, wanted: _Wanted) -> Pretrained:
     """Fits a model and its parameters to another head, image size, patch size or number of channels."""
     model, params = stored.model, dict(stored.params)
     new_model = _new_head(model, wanted.num_classes)
@@ -291,7 +306,7 @@ def _adapt(stored: Pretrained, spec: Spec, shapes: engine.Shapes, wanted: _Wante
     channels = wanted.channels or spec.channels
     patch = _pair(new_model.patch_size)
     assert patch is not None
-    image_size = wanted.image_size or stored_size
+    image_size = wanted.image_size or stored.image_size
     for side, p in zip(image_size, patch, strict=True):
         if side % p:
             raise ValueError(f"{image_size=}: the patch size {patch} does not divide it; choose a multiple.")
@@ -326,10 +341,13 @@ def _adapt(stored: Pretrained, spec: Spec, shapes: engine.Shapes, wanted: _Wante
     new_ones = {p: ("not in the file" if p in report.missing else "new head", params[p].shape) for p in fresh}
     kept = {p: v for p, v in report.reinitialised.items() if p in params and p not in fresh}
     preprocess = stored.preprocess and stored.preprocess.with_image_size(image_size).with_channels(channels)
-    return Pretrained(
+    return replace(
+        stored,
         model=new_model,
         params=unflatten_dict(params, sep="/"),
         preprocess=preprocess,
+        image_size=image_size,
+        channels=channels,
         class_names=stored.class_names if new_model.num_classes == model.num_classes else None,
         report=replace(
             report,

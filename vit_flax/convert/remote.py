@@ -103,7 +103,7 @@ def _shards(index: Path) -> list[str]:
     if not index.name.endswith(INDEX):
         return []
     try:
-        names = set(json.loads(index.read_text())["weight_map"].values())
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError):
         return []
     return sorted(n for n in names if isinstance(n, str) and not Path(n).is_absolute() and ".." not in Path(n).parts)

@@ -198,7 +198,7 @@ def _write(directory: Path, kind: Family, tensors: Mapping[str, np.ndarray], fil
             save_file = _safetensors_writer()
             save_file(dict(tensors), made / WEIGHTS, metadata={"format": "pt"})
             for name, content in files.items():
-                (made / name).write_text(json.dumps(content, indent=2) + "\n")
+                (made / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             # safetensors lets nobody else read its file; who may is for the umask to say, as with the others.
             (made / WEIGHTS).chmod((made / CONFIG).stat().st_mode)
         os.replace(made, target)

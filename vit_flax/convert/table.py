@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_flax.convert.preprocess import Preprocess
+from vit_flax.convert.preprocess import Evaluation, Preprocess
 from vit_flax.convert.resample import Grid
 from vit_flax.convert.source import Source, Tensor
 from vit_flax.models import ViT
@@ -51,6 +51,7 @@ class Spec:
       posemb_resize: the key of `resample.METHODS` by which the reference implementation resizes the table.
       patch_resize: the same for the patch embedding.
       preprocess: what the images must have gone through; None if the file does not say.
+      evaluation: of a run of ours: what its evaluation pictures went through.
       class_names: None if the file does not say.
       unused: patterns of tensors that belong to the file but not to this model (decoders, text towers).
       constants: parameters of ours that the family does not store, and their value.
@@ -62,6 +63,7 @@ class Spec:
     patch_resize: str
     grid: Grid | None = None
     preprocess: Preprocess | None = None
+    evaluation: Evaluation | None = None
     class_names: tuple[str, ...] | None = None
     unused: tuple[str, ...] = ()
     constants: Mapping[str, float] = field(default_factory=dict)

@@ -10,13 +10,14 @@ runs/digits:ema                 the moving average of the weights; also runs/dig
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from flax.traverse_util import flatten_dict
 
 from vit_flax.convert.families.own import config_json
-from vit_flax.convert.preprocess import Preprocess
+from vit_flax.convert.preprocess import Evaluation, Preprocess
 from vit_flax.convert.source import Source, Tensor
 from vit_flax.models import make_model
 from vit_flax.models.layout import stack_blocks
@@ -54,7 +55,7 @@ def open_workdir(path: str) -> Source:
         preprocess=preprocess_of(saved.preprocessing),
         class_names=saved.class_names,
     )
-    return Source(path, tensors, config)
+    return Source(path, tensors, config | {"evaluation": asdict(evaluation_of(saved.preprocessing))})
 
 
 def _split(path: str) -> tuple[Path, Any]:
@@ -66,24 +67,45 @@ def _split(path: str) -> tuple[Path, Any]:
     return place, "best" if name.endswith(_BEST) else None
 
 
+def evaluation_of(preprocessing: Mapping[str, Any]) -> Evaluation:
+    """What the evaluation pictures of a run went through; the argument as of `preprocess_of`."""
+    fixed = [op["size_px"] for op in preprocessing["transforms"] if op["op"] != "resize_small" and op.get("size_px")]
+    size = _pair(fixed[-1]) if fixed else tuple(preprocessing["image_shape"][:2])  # without a resize, all have one size
+    return Evaluation(size, tuple(preprocessing["transforms"]), *(tuple(preprocessing[k]) for k in ("mean", "std")))
+
+
 def preprocess_of(preprocessing: Mapping[str, Any]) -> Preprocess | None:
-    """What the evaluation pictures of a run went through; None if that is more than a resize and a central crop.
+    """The same as a `Preprocess`; None if it is more than a resize and a central crop of upright pictures.
 
     Args:
       preprocessing: as in the record of a checkpoint: `image_shape`, `transforms`, `mean`, `std`.
     """
-    height, width, channels = preprocessing["image_shape"]
+    decode = {k: v for op in preprocessing["transforms"] if op["op"] == "decode" for k, v in op.items()}
     ops = [dict(op) for op in preprocessing["transforms"] if op["op"] != "decode"]
-    names = [op["op"] for op in ops]
-    crop: float | None = None
-    if names == ["resize_small", "central_crop"]:
-        cut = ops[1]["size_px"]
-        crop = min(cut if isinstance(cut, Sequence) else (cut,)) / ops[0]["size_px"]
-    elif names not in ([], ["resize"]):
-        return None
     how = {"filter": "bilinear", "antialias": True} | (ops[0] if ops else {})
-    if how["filter"] not in ("bilinear", "bicubic"):
+    crop = _crop(ops)
+    if crop is None or how["filter"] not in ("bilinear", "bicubic") or not decode.get("apply_exif", True):
         return None
+    channels = preprocessing["image_shape"][2]
     mean, std = (tuple(preprocessing[k]) * (channels if len(preprocessing[k]) == 1 else 1) for k in ("mean", "std"))
     kept = {name: how[name] for name in ("filter", "antialias")}
-    return Preprocess((height, width), mean, std, crop_fraction=crop, **kept)
+    return Preprocess(evaluation_of(preprocessing).image_size, mean, std, **kept, **crop)
+
+
+def _crop(ops: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The fields of `Preprocess` that say which part of a picture is seen; None if they cannot."""
+    names = [op["op"] for op in ops]
+    if names in ([], ["resize"]):
+        return {"crop_fraction": None}
+    if names not in (["resize", "central_crop"], ["resize_small", "central_crop"]):
+        return None
+    (height, width), (rows, columns) = _pair(ops[1]["size_px"]), _pair(ops[0]["size_px"])
+    # One fraction for both sides: the shorter side decides alike only where the crop is as high as it is wide.
+    if height * columns != width * rows:
+        return None
+    return {"crop_fraction": height / rows, "keep_aspect": names[0] == "resize_small"}
+
+
+def _pair(size_px: int | Sequence[int]) -> tuple[int, int]:
+    height, width = (size_px, size_px) if isinstance(size_px, int) else size_px
+    return height, width

@@ -105,12 +105,17 @@ def _summary(split: str, source: Source, report: Report) -> str:
     counts = [report.per_class[name] for name in source.class_names]
     summary = (
         f"{split}: {report.num_examples} records, {len(report.problems)} bad; {len(counts)} classes of {min(counts)} "
-        f"to {max(counts)}"
+        f"to {max(counts)} ({_names(source.class_names)})"
     )
     if report.smallest is None or report.largest is None:  # none could be decoded
         return summary
     smallest, largest = ("x".join(map(str, size)) for size in (report.smallest, report.largest))
     return f"{summary}; pictures from {smallest} to {largest} px"
+
+
+def _names(class_names: Sequence[str], most: int = 10) -> str:
+    more = len(class_names) - most
+    return ", ".join(class_names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,7 @@ import numpy as np
 from absl import logging
 
 from vit_flax.data.splits import is_held_out
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+from vit_flax.picture_folders import SUFFIXES, folders_in, holds_folders_only, is_picture, split_folders
 
 
 class Folder:
@@ -24,8 +23,8 @@ class Folder:
 
     - `root/<class>/**/*.jpg`: no split is given, so a part is held out by a hash of each path; the splits are "train",
       "val" and "all".
-    - `root/train/<class>/**/*.jpg`, `root/val/<class>/...`: the splits are the folders' names; all have one set of
-      classes.
+    - `root/train/<class>/**/*.jpg`, `root/val/<class>/...`: the splits are the folders' names, in any case; all have
+      one set of classes.
     - `csv`: a table with the columns `path` and `label`, and `split` or else a split by hash.
 
     Pictures are .jpg, .jpeg, .png, .webp and .bmp files. Hidden files are ignored; other files are ignored and named
@@ -91,26 +90,46 @@ class Folder:
 def _list_folder(root: Path, split: str, held_out_percent: float) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
     if not root.is_dir():
         raise FileNotFoundError(f"expected a folder of class folders at {root}, found {_what(root)}")
-    if not _has_split_folders(root):
+    splits = split_folders(root)
+    if not splits:
+        _check_level(root)
         classes, by_class = _list_classes(root, root)
         return classes, _split_by_hash(root, classes, by_class, split, held_out_percent)
-    splits = _folders(root)
-    if split not in splits:
+    folder = splits.get(split.lower())
+    if folder is None:
         raise ValueError(
-            f"no split {split!r} in {root}, which has the folders {splits}; to split one by hash, name it as root"
+            f"no split {split!r} in {root}, which has the folders {folders_in(root)}; to split one by hash, name it as "
+            "root"
         )
-    classes, by_class = _list_classes(root, root / split)
-    train_classes = tuple(sorted(_class_folders(root / "train")))
+    _check_level(root / splits["train"])
+    classes, by_class = _list_classes(root, root / folder)
+    train_classes = tuple(sorted(_class_folders(root / splits["train"])))
     if classes != train_classes:
         only = {"train": set(train_classes) - set(classes), split: set(classes) - set(train_classes)}
         found = "; ".join(f"only in {name}: {_some(sorted(names))}" for name, names in only.items() if names)
-        raise ValueError(f"the class folders of {root}/train and {root}/{split} differ: {found}")
+        raise ValueError(f"the class folders of {root / splits['train']} and {root / folder} differ: {found}")
     return classes, [(path, label) for label, paths in enumerate(by_class) for path in paths]
 
 
-def _has_split_folders(root: Path) -> bool:
-    train = root / "train"
-    return train.is_dir() and bool(_folders(train)) and not any(_is_picture(name) for name in os.listdir(train))
+def _check_level(directory: Path) -> None:
+    """Raises a ValueError if what should be the classes of a directory is one folder, or are splits."""
+    folders = folders_in(directory)
+    if len(folders) == 1:
+        inner = folders_in(directory / folders[0])
+        below = f", with the folders {_some(inner)}; if those are the classes, name {directory / folders[0]}"
+        raise ValueError(
+            f"expected a folder per class in {directory}, found one, {folders[0]}{below if inner else ''}. "
+            "With one class there is nothing to learn."
+        )
+    like_splits = [f for f in folders if f.lower().startswith(_LIKE_SPLITS) and holds_folders_only(directory / f)]
+    if folders and like_splits == folders:
+        raise ValueError(
+            f"the folders of {directory} look like splits and not like classes: {_some(folders)}. Call the one to "
+            "train on 'train', and the others 'val' or 'test'."
+        )
+
+
+_LIKE_SPLITS = ("train", "val", "test", "dev", "eval")
 
 
 def _list_classes(root: Path, directory: Path) -> tuple[tuple[str, ...], list[list[str]]]:
@@ -120,7 +139,7 @@ def _list_classes(root: Path, directory: Path) -> tuple[tuple[str, ...], list[li
     if not classes:
         raise ValueError(f"{directory} has no class folders; expected {directory}/<class>/*{'|'.join(SUFFIXES)}")
     ignored = [name for name in os.listdir(directory) if name not in folders.values() and not name.startswith(".")]
-    by_class = [_list_pictures(root, directory / folders[name], ignored) for name in classes]
+    by_class = [list_pictures(root, directory / folders[name], ignored) for name in classes]
     if ignored:
         logging.warning("%s: %d files are no pictures and were left out: %s", directory, len(ignored), _some(ignored))
     if empty := [name for name, paths in zip(classes, by_class) if not paths]:
@@ -130,7 +149,7 @@ def _list_classes(root: Path, directory: Path) -> tuple[tuple[str, ...], list[li
 
 def _class_folders(directory: Path) -> dict[str, str]:
     folders: dict[str, str] = {}
-    for folder in _folders(directory):
+    for folder in folders_in(directory):
         name = unicodedata.normalize("NFC", _checked_name(folder))  # macOS and Linux write é differently
         if name in folders:
             raise ValueError(f"{directory} has two folders called {name!r}, in different Unicode forms; merge them")
@@ -138,7 +157,16 @@ def _class_folders(directory: Path) -> dict[str, str]:
     return folders
 
 
-def _list_pictures(root: Path, directory: Path, ignored: list[str]) -> list[str]:
+def list_pictures(root: Path, directory: Path, ignored: list[str]) -> list[str]:
+    """The sorted paths, relative to root, of all pictures below a directory; no hidden ones, none behind links.
+
+    Args:
+      root: that the paths are relative to.
+      directory: to search.
+      ignored: gets the paths of the other files, and of links to folders.
+    Raises: ValueError: a name is not UTF-8. OSError: a folder cannot be read.
+    """
+
     def fail(error: OSError) -> None:
         raise error
 
@@ -147,8 +175,9 @@ def _list_pictures(root: Path, directory: Path, ignored: list[str]) -> list[str]
         links = [name for name in folders if os.path.islink(os.path.join(parent, name))]  # might lead in a circle
         folders[:] = [name for name in folders if name[0] != "." and name not in links]
         files = [name for name in files if name[0] != "."]
-        ignored += [os.path.join(parent, name) for name in files + links if not _is_picture(name)]
-        found += [os.path.join(parent, _checked_name(name)) for name in files if _is_picture(name)]
+        ignored += [os.path.join(parent, name) for name in files if not is_picture(name)]
+        ignored += [os.path.join(parent, name) for name in links]
+        found += [os.path.join(parent, _checked_name(name)) for name in files if is_picture(name)]
     return sorted(os.path.relpath(path, root) for path in found)
 
 
@@ -189,6 +218,11 @@ def _list_csv(
         raise ValueError(f"{file} writes labels in two ways, e.g. {twice[0]!r} and {int(twice[0])}: choose one")
     number = {name: label for label, name in enumerate(classes)}
     _check_existence(file, root, [path for path, _, _ in rows])
+    if again := [row for row, count in collections.Counter(rows).items() if count > 1]:
+        rows = list(dict.fromkeys(rows))
+        logging.warning(
+            "%s lists %d pictures again; each counts once: %s", file, len(again), _some([r[0] for r in again])
+        )
     splits = {name for _, _, name in rows}
     if splits == {None}:
         by_class: list[list[str]] = [[] for _ in classes]
@@ -200,7 +234,7 @@ def _list_csv(
             raise ValueError(f"no split {name!r} in {file}; its column has {_some(sorted(map(str, splits)))}")
     splits_of: dict[str, set[str | None]] = collections.defaultdict(set)
     for path, _, name in rows:
-        splits_of[os.path.normpath(path)].add(name)
+        splits_of[path].add(name)
     if shared := [path for path, names in splits_of.items() if len(names) > 1]:
         logging.warning("%s: %d pictures are in more than one split: %s", file, len(shared), _some(shared))
     if untaught := sorted(set(classes) - {label for _, label, name in rows if name == "train"}):
@@ -209,7 +243,7 @@ def _list_csv(
 
 
 def _read_csv(file: Path) -> list[tuple[str, str, str | None]]:
-    """(path, label, split) of each row."""
+    """(path, label, split) of each row; paths in one spelling, as a picture must not be in two parts of the data."""
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -224,11 +258,11 @@ def _read_csv(file: Path) -> list[tuple[str, str, str | None]]:
     if not {"path", "label"} <= set(columns):
         raise ValueError(f"expected a first line with the columns path,label (and split) in {file}, found {columns}")
     for line, row in lines:
-        path, label = row["path"], (row["label"] or "").strip()
+        path, label = os.path.normpath(row["path"] or ""), (row["label"] or "").strip()
         split = (row["split"] or "").strip() if "split" in columns else None
-        if not path or not label or split == "" or None in row:
+        if not row["path"] or not label or split == "" or None in row:
             raise ValueError(f"{file}, line {line}: expected {','.join(columns)}, found {row}")
-        first = labels.setdefault(os.path.normpath(path), label)
+        first = labels.setdefault(path, label)
         if first != label:
             raise ValueError(f"{file}, line {line}: {path} has two labels, {first!r} and {label!r}")
         rows.append((path, unicodedata.normalize("NFC", label), split))
@@ -253,14 +287,6 @@ def _check_existence(file: Path, root: Path, paths: Iterable[str]) -> None:
 def _portable(path: str) -> str:
     """The path in one spelling on every system: the split by hash must not depend on where the pictures lie."""
     return unicodedata.normalize("NFC", path.replace(os.sep, "/"))
-
-
-def _folders(directory: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _is_picture(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES)
 
 
 def _checked_name(name: str) -> str:

@@ -9,12 +9,14 @@ evenly over the split, which is in the order of the classes.
 
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 from PIL import Image, ImageDraw, ImageFont
+
+from vit_flax.command_line import parse_flags, stop
 
 SMALL_PX, LARGE_PX = 96, 224  # small images are shown up to 96 px large, by a whole factor; large ones at 224
 
@@ -66,23 +68,10 @@ def show(config: Any, out: str | Path, *, step: int = 0, max_images: int = 32) -
 
 def _train_batch(job: Any, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Images as uint8, targets, and the images as the model gets them."""
-    import jax
-
-    from vit_flax.augment import augment
-    from vit_flax.config import bind
-
-    batches = job.data.train(seed=job.run.seed, start_step=step)
-    batch = next(batches)
+    batches = job.host_batches(step)
+    images, targets = map(np.asarray, job.augmented(next(batches), step))
     batches.close()
-    # The key that `step.train_step` and `step.classification` derive.
-    _, train_key = jax.random.split(jax.random.key(job.run.seed))
-    augment_key, _ = jax.random.split(jax.random.fold_in(train_key, step))
-    hparams = {name: np.float32(value) for name, value in job.hparams.items()}
-    apply = jax.jit(bind(augment, "augment", {**job.sections["augment"], "dtype": np.float32}))
-    images, targets = apply(
-        augment_key, batch["image"], _targets(batch["label"], job.data.num_classes), hparams=hparams
-    )
-    return _visible(job, np.asarray(images)), np.asarray(targets), np.asarray(images)
+    return _visible(job, images), targets, images
 
 
 def _eval_images(job: Any, max_images: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -123,11 +112,11 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     values = flags.FLAGS.flag_values_dict()
     if len(argv) > 1 or values["config"] is None or values["out"] is None:
-        _stop(f"expected --config FILE --out FILE.png, found {' '.join(sys.argv[1:]) or 'nothing'}")
+        stop(f"expected --config FILE --out FILE.png, found {' '.join(sys.argv[1:]) or 'nothing'}", code=2)
     try:
         lines = show(values["config"], values["out"], step=values["step"], max_images=values["max_images"])
     except (ValueError, OSError) as error:
-        _stop(str(error))
+        stop(str(error), code=2)
     print(*lines, values["out"], sep="\n")
 
 
@@ -139,19 +128,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
     flags.DEFINE_string("out", None, "The .png file to write.")
     flags.DEFINE_integer("step", 0, "The training step whose batch is drawn.")
     flags.DEFINE_integer("max_images", 32, "Images drawn of each batch.")
-    try:
-        return app.parse_flags_with_usage(argv)
-    except OSError as error:
-        _stop(f"the config cannot be loaded: {error}")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        from vit_flax.config import explain_overrides
-
-        _stop(explain_overrides(argv, str(error)))
-
-
-def _stop(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    return parse_flags(argv, code=2)
 
 
 if __name__ == "__main__":

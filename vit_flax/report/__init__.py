@@ -22,9 +22,11 @@ def write_report(workdir: str | Path) -> Path:
     for name in ("config.json", "facts.json", "metrics.jsonl"):
         if not (folder / name).exists():
             raise FileNotFoundError(f"There is no {name} in {folder}: is it the --workdir of a run that has started?")
-    record, facts = (json.loads((folder / name).read_text()) for name in ("config.json", "facts.json"))
+    record, facts = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("config.json", "facts.json"))
     lines = _whole_lines(folder / "metrics.jsonl")
-    evals = {path.stem: json.loads(path.read_text()) for path in sorted((folder / "evals").glob("*.json"))}
+    evals = {
+        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "evals").glob("*.json"))
+    }
     last_step = max((line["step"] for line in lines), default=0)
     body = [
         sections.header(folder.name, facts, record, last_step),
@@ -44,7 +46,8 @@ def write_report(workdir: str | Path) -> Path:
 def page(title: str, body: str) -> str:
     """A page that needs no network: style and script are in it."""
     style, script = (
-        resources.files("vit_flax.report").joinpath(f"report.{kind}").read_text() for kind in ("css", "js")
+        resources.files("vit_flax.report").joinpath(f"report.{kind}").read_text(encoding="utf-8")
+        for kind in ("css", "js")
     )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -58,7 +61,7 @@ def page(title: str, body: str) -> str:
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file; the last one may be half written, as the run may still be going on."""
     lines = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             lines.append(json.loads(line))
         except ValueError:

@@ -19,8 +19,8 @@ MAX_CLASSES = 1000  # rows of the table, folded up or not
 
 # Metric -> title, whether its axis is logarithmic, a note for charts with several curves.
 LEARNING = {
-    "loss": ("Loss", False, "Training: with augmentation and smoothed labels."),
-    "top1": ("Top-1 accuracy", False, "Training: on the augmented batches."),
+    "loss": ("Loss", False, "Training: augmented, and with smoothed labels, where the config says so."),
+    "top1": ("Top-1 accuracy", False, "Training: on the batches as augmented."),
     "mean_average_precision": ("Mean average precision", False, ""),
     "top5": ("Top-5 accuracy", False, ""),
     "ece": ("Calibration error (ECE)", False, ""),

@@ -29,7 +29,7 @@ class Files:
         path = workdir / "metrics.jsonl"
         if path.exists():
             write_atomically(path, "".join(_lines_until(path, start_step)))
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115  (closed by `close`)
+        self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  (closed by `close`)
         self._pictures = workdir / "pictures"
 
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
@@ -83,7 +83,7 @@ class Csv:
             old_rows = _whole_rows(path)[1:] if path.exists() else []
             columns.extend(new)
             self._rewrite(table, [cells + [""] * (len(columns) - len(cells)) for cells in old_rows])
-        with open(path, "a", newline="") as file:
+        with open(path, "a", newline="", encoding="utf-8") as file:
             file.write(_as_text([[row.get(column) for column in columns]]))
 
     def _rewrite(self, table: str, rows: Iterable[Iterable[Any]]) -> None:
@@ -102,7 +102,7 @@ class Csv:
 def _lines_until(path: Path, step: int) -> list[str]:
     """The whole lines of a metrics file up to a step; a line cut short by a kill is left out."""
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         try:
             if line.endswith("\n") and json.loads(line)["step"] <= step:
                 kept.append(line)
@@ -113,7 +113,7 @@ def _lines_until(path: Path, step: int) -> list[str]:
 
 def _whole_rows(path: Path) -> list[list[str]]:
     """Header and rows of a table; a last row cut short by a kill is left out."""
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     whole = text[: text.rfind("\n") + 1]
     return [row for row in csv.reader(io.StringIO(whole)) if row]
 

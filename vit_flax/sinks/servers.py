@@ -44,7 +44,7 @@ class WandB:
         import wandb
 
         id_file = workdir / "wandb_run_id"
-        run_id = id_file.read_text() if id_file.exists() else uuid.uuid4().hex[:12]
+        run_id = id_file.read_text(encoding="utf-8") if id_file.exists() else uuid.uuid4().hex[:12]
         self._picture = wandb.Image
         self._run = wandb.init(
             id=run_id,
@@ -58,7 +58,7 @@ class WandB:
             tags=list(tags),
             mode=mode,
         )
-        id_file.write_text(run_id)
+        id_file.write_text(run_id, encoding="utf-8")
 
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
         """Adds points to the curves."""
@@ -112,10 +112,10 @@ class MLflow:
             mlflow.set_tracking_uri(tracking_uri)
         mlflow.set_experiment(experiment)
         if id_file.exists():
-            mlflow.start_run(run_id=id_file.read_text())
+            mlflow.start_run(run_id=id_file.read_text(encoding="utf-8"))
             return
         run = mlflow.start_run(run_name=name or workdir.name)
-        id_file.write_text(run.info.run_id)
+        id_file.write_text(run.info.run_id, encoding="utf-8")
         params = list(config.items())
         for start in range(0, len(params), 100):  # a request takes no more
             mlflow.log_params(dict(params[start : start + 100]))

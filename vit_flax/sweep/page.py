@@ -63,7 +63,9 @@ def _curves(workdir: Path, ranked: Sequence[Setting], metric: str) -> str:
         series = []
         for i, setting in enumerate(ranked[:CURVES]):
             file = workdir / "points" / setting.rows[0].name / "metrics.jsonl"
-            lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+            lines = (
+                [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+            )
             points = [(line["step"], line[name]) for line in lines if name in line]
             label = point_name({key: _plain(value) for key, value in setting.values.items()})
             series.append(Series(label.replace(",", ", "), points, f"c{i}"))

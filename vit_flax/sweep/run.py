@@ -178,7 +178,7 @@ def claim(workdir: Path, sweep: Sweep, search: Mapping[str, Any] | None = None) 
     """
     path, base = workdir / "sweep.json", flatten(sweep.base.to_dict())
     if path.exists():
-        there = json.loads(path.read_text())
+        there = json.loads(path.read_text(encoding="utf-8"))
         if keys := _differing(there["base"], json.loads(json.dumps(base))):
             raise ConfigError(
                 f"{workdir} holds a sweep of another base; it differs in {', '.join(keys[:8])}. "
@@ -204,7 +204,7 @@ def _differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
 def read_result(folder: Path) -> dict[str, Any] | None:
     """The result of a point that has ended, well or not; None before that."""
     path = folder / RESULT
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def write_result(folder: Path, point: Point, **entries: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from vit_flax.convert.engine import parameter_shapes
-from vit_flax.convert.preprocess import Preprocess
+from vit_flax.convert.preprocess import Evaluation, Preprocess
 from vit_flax.convert.resample import Grid
 from vit_flax.convert.source import CONFIG, Source
 from vit_flax.convert.table import SAME, Family, Outgoing, Row, Spec
@@ -25,6 +25,7 @@ def _describe(source: Source) -> Spec:
         posemb_resize=config["posemb_resize"],
         patch_resize="bicubic_antialias",
         preprocess=Preprocess.from_dict(config["preprocess"]) if config["preprocess"] else None,
+        evaluation=Evaluation.from_dict(config["evaluation"]) if "evaluation" in config else None,
         class_names=tuple(config["class_names"]) if config["class_names"] else None,
     )
 
