@@ -143,6 +143,8 @@ def test_schedule_free_is_evaluated_at_its_average(tmp_path):
     assert results["test/loss"] == pytest.approx(found["test/loss"], rel=1e-6)
     assert results["test/loss"] != pytest.approx(at_parameters, rel=1e-3)
     assert evaluate(config, tmp_path)["test/loss"] == results["test/loss"]
+    config.data.eval_split = "test[:100]"  # which no checkpoint asks for, though the optimiser is read with it
+    assert evaluate(config, tmp_path)["test/count"] == 100
 
 
 class Killed(Exception):

@@ -1,5 +1,6 @@
 """The folder of a run: one writer, one experiment, whole files."""
 
+import inspect
 import json
 import os
 import socket
@@ -8,6 +9,8 @@ import pytest
 
 from vit_flax import files, workdir
 from vit_flax.config import ConfigError
+from vit_flax.data import SOURCES
+from vit_flax.job import SECTIONS
 
 CONFIG = {
     "run": {"seed": 0, "log_every_steps": 5},
@@ -57,6 +60,21 @@ def test_what_changes_no_numbers_may_differ(tmp_path):
     workdir.claim(tmp_path, CONFIG, given=CONFIG)
     workdir.claim(tmp_path, {**CONFIG, "run": {"seed": 0, "log_every_steps": 9}, "checkpoint": {}}, given=CONFIG)
     assert json.loads((tmp_path / "config.json").read_text())["config"]["run"]["log_every_steps"] == 9
+
+
+def test_what_may_differ_is_a_section_or_a_key():
+    """An entry whose key was renamed would let nothing differ."""
+    for name in workdir.MAY_CHANGE:
+        section, *path = name.removesuffix(".").split(".")
+        schema = SECTIONS[section][0]
+        if name.endswith("."):
+            continue
+        known = {*inspect.signature(schema).parameters}
+        known |= {key.removesuffix("_steps") + "_epochs" for key in known if key.endswith("_steps")}
+        assert path[0] in known, name
+        if path[1:]:  # data.source.KEY
+            takes = {key for source in SOURCES.values() for key in inspect.signature(source).parameters}
+            assert path[1] in takes, name
 
 
 def test_files_of_nobody_knows_what_run_are_not_written_over(tmp_path):

@@ -30,8 +30,11 @@ log = logging.getLogger(__name__)
 
 PACKAGES = ("vit_flax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
 
-# What may differ between two lives of one run: it changes neither the parameters nor the data.
+# What is measured, not what is trained: may differ between two lives of one run, which then says so.
+EVALUATED = ("data.eval_split", "data.eval_transforms")
+# What may differ between two lives of one run: it changes neither the parameters nor the data that they are trained on.
 MAY_CHANGE = (
+    *EVALUATED,
     "run.log_every_steps",
     "mesh.",
     "run.dump_bad_batches",
@@ -43,8 +46,9 @@ MAY_CHANGE = (
     "evals.",
     "data.num_threads",
     "data.num_workers",
-    "data.prefetch_batches",
     "data.decode_once",
+    "data.eval_batch_size",
+    "data.on_error",  # as long as it was "raise", nothing was skipped
     "data.source.data_dir",
     "data.source.download",
     "data.source.root",  # the pictures may move: the identity has a digest of their paths below it and of the labels
@@ -116,10 +120,22 @@ def claim(workdir: Path, config: Mapping[str, Any], *, given: Mapping[str, Any])
     """
     before = check(workdir, config)
     record = {"config": config, "given": given, "versions": versions(), "git": git_state(), "command": sys.argv}
-    if before is not None and (changed := differences(before["versions"], record["versions"])):
-        rows = ", ".join(f"{package} {theirs} -> {ours}" for package, (theirs, ours) in changed.items())
-        log.warning("This run goes on with other software (%s): from here on its numbers may differ.", rows)
+    if before is not None:
+        _warn_of_changes(before, json.loads(json.dumps(record)))
     write_atomically(workdir / "config.json", json.dumps(record, indent=2) + "\n")
+
+
+def _warn_of_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Names what differs between two records of one experiment, where it may show in the numbers."""
+    measured = [{k: v for k, v in flatten(record["config"]).items() if k in EVALUATED} for record in (before, now)]
+    found = {
+        "other software (%s): from here on its numbers may differ.": differences(before["versions"], now["versions"]),
+        "another evaluation (%s): figures from before and from now on cannot be compared.": differences(*measured),
+    }
+    for message, changed in found.items():
+        if changed:
+            rows = ", ".join(f"{name} {theirs} -> {ours}" for name, (theirs, ours) in changed.items())
+            log.warning("This run goes on with " + message, rows)
 
 
 def check(workdir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:

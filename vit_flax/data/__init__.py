@@ -135,5 +135,5 @@ class Data:
         )
 
     def fingerprint(self) -> dict[str, Any]:
-        """JSON-able identity of the data, for the checkpoint: it must not change between the lives of a run."""
-        return {"train": self.train_source.fingerprint(), "eval": self.eval_source.fingerprint()}
+        """JSON-able identity of what is trained on, for the checkpoint: the same in all lives of a run."""
+        return {"train": self.train_source.fingerprint()}
