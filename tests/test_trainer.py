@@ -123,6 +123,20 @@ def test_another_experiment_in_the_workdir_is_refused(finished):
     train(tiny_config(run__ema_decay=0.9, run__log_every_steps=5), workdir)
 
 
+def test_a_run_that_failed_before_its_first_step_does_not_keep_the_workdir(tmp_path, monkeypatch):
+    from vit_flax import job
+
+    whole = job.Job.train_batches
+    with monkeypatch.context() as patched:
+        patched.setattr(job.Job, "train_batches", lambda self, start: Cut(whole(self, start), 0, ValueError("torn")))
+        with pytest.raises(ValueError, match="torn"):
+            train(tiny_config(), tmp_path)
+    assert [place.name for place in (tmp_path / "checkpoints").iterdir()] == ["0"]
+    state, _ = train(tiny_config(model__width=16, run__total_steps=4), tmp_path)
+    assert int(state.step) == 4
+    assert (tmp_path / "checkpoints" / "replaced" / "0").is_dir()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

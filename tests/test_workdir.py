@@ -38,6 +38,7 @@ def test_a_workdir_that_cannot_be_a_folder_is_named(tmp_path):
 
 def test_every_key_that_differs_is_named(tmp_path):
     workdir.claim(tmp_path, CONFIG, given=CONFIG)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     before = (tmp_path / "config.json").read_bytes()
     other = {
         "run": {"seed": 1, "log_every_steps": 9},
@@ -54,6 +55,28 @@ def test_every_key_that_differs_is_named(tmp_path):
         "run.seed: there 0, here 1",
     ]
     assert (tmp_path / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("trained", ["metrics.jsonl", "checkpoints/1", "checkpoints/damaged", "checkpoints/2.tmp"])
+def test_only_what_never_took_a_step_is_replaced(trained, tmp_path):
+    workdir.claim(tmp_path, CONFIG, given=CONFIG)
+    (tmp_path / "metrics.jsonl").touch()
+    for name in ("0", "replaced/0"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    other = {**CONFIG, "model": {"width": 9}}
+    workdir.claim(tmp_path, other, given=other)
+    assert json.loads((tmp_path / "config.json").read_text())["config"]["model"] == {"width": 9}
+    if trained == "metrics.jsonl":
+        (tmp_path / trained).write_text('{"step": 1}\n')
+    else:
+        (tmp_path / trained).mkdir()
+    with pytest.raises(ConfigError, match="holds another experiment"):
+        workdir.claim(tmp_path, CONFIG, given=CONFIG)
+
+
+def test_home_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert str(workdir.path("~/runs/a")) == "/home/me/runs/a"
 
 
 def test_what_changes_no_numbers_may_differ(tmp_path):

@@ -55,6 +55,11 @@ MAY_CHANGE = (
 )
 
 
+def path(given: str | Path) -> Path:
+    """The folder that a user means: no shell expands the `~` of `--workdir=~/runs/a`."""
+    return Path(given).expanduser().absolute()
+
+
 @contextmanager
 def lock(workdir: Path) -> Iterator[None]:
     """Holds the workdir for this process; two writers in one folder would destroy each other's checkpoints.
@@ -109,7 +114,7 @@ def _tuples(value: Any) -> Any:
 
 
 def claim(workdir: Path, config: Mapping[str, Any], *, given: Mapping[str, Any]) -> None:
-    """Writes config.json, where there is none or where it describes the same experiment.
+    """Writes config.json, where there is none, where it describes the same experiment, or one that never took a step.
 
     Args:
       workdir: of the run.
@@ -118,7 +123,11 @@ def claim(workdir: Path, config: Mapping[str, Any], *, given: Mapping[str, Any])
 
     Raises: ConfigError: as `check`.
     """
-    before = check(workdir, config)
+    before = _read(workdir)
+    if before is not None and _changed(before, config) and not _has_trained(workdir):
+        before = None
+    else:
+        check(workdir, config)
     record = {"config": config, "given": given, "versions": versions(), "git": git_state(), "command": sys.argv}
     if before is not None:
         _warn_of_changes(before, json.loads(json.dumps(record)))
@@ -138,14 +147,38 @@ def _warn_of_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
             log.warning("This run goes on with " + message, rows)
 
 
+def _has_trained(workdir: Path) -> bool:
+    """Whether there is anything of a step that was taken; a run that fails before its first one saves step 0."""
+    metrics, checkpoints = workdir / "metrics.jsonl", workdir / "checkpoints"
+    return (metrics.exists() and metrics.stat().st_size > 0) or any(
+        place.name not in ("0", "replaced") for place in (checkpoints.iterdir() if checkpoints.is_dir() else ())
+    )
+
+
 def check(workdir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
     """What config.json holds; None if there is none. Changes nothing.
 
     Raises: ConfigError: the workdir holds another experiment, and names the keys that differ; or files of a run without
       a config.json.
     """
-    path = workdir / "config.json"
-    if not path.exists():
+    record = _read(workdir)
+    if record is not None and (changed := _changed(record, config)):
+        rows = [f"  {key}: there {theirs!r}, here {ours!r}" for key, (theirs, ours) in changed.items()]
+        raise ConfigError(
+            f"{workdir} holds another experiment; these keys differ:\n"
+            + "\n".join(rows)
+            + "\nChoose another --workdir, or run the config that is there. Nothing was changed."
+        )
+    return record
+
+
+def _changed(record: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    return differences(identity(record["config"]), identity(json.loads(json.dumps(config))))
+
+
+def _read(workdir: Path) -> dict[str, Any] | None:
+    file = workdir / "config.json"
+    if not file.exists():
         foreign = [name for name in ("metrics.jsonl", "report.html") if (workdir / name).exists()]
         # Of a run with checkpoints, their records say what it is: only its config.json got lost.
         if foreign and not any((workdir / "checkpoints").glob("[0-9]*")):
@@ -155,17 +188,10 @@ def check(workdir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
             )
         return None
     try:
-        record = json.loads(path.read_text())
-        saved = identity(record["config"])
+        record = json.loads(file.read_text())
+        identity(record["config"])
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ConfigError(f"{path} cannot be read ({error!r}). Restore it, or choose another --workdir.") from None
-    if changed := differences(saved, identity(json.loads(json.dumps(config)))):
-        rows = [f"  {key}: there {theirs!r}, here {ours!r}" for key, (theirs, ours) in changed.items()]
-        raise ConfigError(
-            f"{workdir} holds another experiment; these keys differ:\n"
-            + "\n".join(rows)
-            + "\nChoose another --workdir, or run the config that is there. Nothing was changed."
-        )
+        raise ConfigError(f"{file} cannot be read ({error!r}). Restore it, or choose another --workdir.") from None
     return record
 
 
