@@ -10,7 +10,9 @@ from PIL import Image
 
 from configs import folder
 from vit_flax import train
+from vit_flax.checkpoint_record import steps_in
 from vit_flax.config import ConfigError
+from vit_flax.data.pipeline import Order
 from vit_flax.job import build
 from vit_flax.trainer import evaluate
 
@@ -74,6 +76,21 @@ def test_trains_and_evaluates_and_counts_what_it_skips(tmp_path, caplog):
     assert sum(skipped) == 1  # one step a line, one epoch
     assert caplog.text.count("the file is empty") >= 2
     assert "1 of" in caplog.text
+
+
+def test_a_run_that_met_a_bad_picture_goes_on_as_its_message_says(tmp_path):
+    config = shrunk(fill(tmp_path / "pictures", ["cat", "dog"], 40))
+    config.data.decode_once = False  # not all at the start
+    source = build(config).data.train_source
+    order = Order(len(source), int(np.random.SeedSequence(0).generate_state(2)[0]))
+    in_fourth_batch = order(np.arange(24, 32)).max()
+    Path(source[int(in_fourth_batch)]["id"]).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"the file is empty .*data\.on_error='skip' goes on without them"):
+        train(config, tmp_path / "run")
+    assert steps_in(tmp_path / "run" / "checkpoints") == [3]
+    config.data.on_error = "skip"
+    state, _ = train(config, tmp_path / "run")
+    assert int(state.step) == build(config).run.total_steps
 
 
 def test_what_is_evaluated_has_the_classes_that_were_trained(tmp_path):

@@ -144,6 +144,8 @@ def test_schedule_free_is_evaluated_at_its_average(tmp_path):
     assert results["test/loss"] == pytest.approx(found["test/loss"], rel=1e-6)
     assert results["test/loss"] != pytest.approx(at_parameters, rel=1e-3)
     assert evaluate(config, tmp_path)["test/loss"] == results["test/loss"]
+    config.data.eval_split = "test[:100]"  # which no checkpoint asks for, though the optimiser is read with it
+    assert evaluate(config, tmp_path)["test/count"] == 100
 
 
 class Killed(Exception):
@@ -241,6 +243,17 @@ def test_a_run_leaves_report_pictures_facts_and_trace(tmp_path):
     assert "from run.peak_tflops" in page
 
 
+GREY_16 = (dict(op="decode", channels=1), dict(op="resize", size_px=16))
+FLIP = (dict(op="decode", channels=1), dict(op="flip"))
+CUT = (dict(op="decode", channels=1), dict(op="central_crop", size_px=9))  # of pictures of 8
+
+
+def test_positions_that_are_computed_take_evaluation_pictures_of_another_size():
+    config = tiny_config()
+    config.data.eval_transforms = GREY_16
+    assert build(config).data.eval_image_shape == (16, 16, 1)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -259,6 +272,23 @@ def test_a_run_leaves_report_pictures_facts_and_trace(tmp_path):
         (lambda c: c.checkpoint.update(dict(best_metric="test/acc")), r"'test/acc' is none of .*test/top1"),
         (lambda c: c.checkpoint.update(dict(best_metric="test/ema_top1")), "is none of"),
         (lambda c: c.checkpoint.update(dict(best_metric="val/top1")), "is none of"),
+        (
+            lambda c: (c.model.update(dict(posemb="learned")), c.data.update(dict(eval_transforms=GREY_16))),
+            r"data\.eval_transforms make pictures of \(16, 16, 1\).*: expected \(8, 8, 1\)",
+        ),
+        (lambda c: c.data.update(dict(eval_transforms=())), r"eval_transforms make pictures of \(8, 8, 3\)"),
+        (lambda c: c.data.update(dict(eval_transforms=FLIP)), "data: eval_transforms draw random numbers"),
+        (
+            lambda c: c.data.update(dict(train_transforms=FLIP, decode_once=True)),
+            "data: decode_once=True, but train_transforms draw",
+        ),
+        (
+            # as many tokens as pictures in a batch: the loss would broadcast them
+            lambda c: (c.model.update(dict(pool="none")), c.data.update(dict(batch_size=16, eval_batch_size=16))),
+            r"model\.pool='none' gives logits \(16, 16, 10\): expected one row per picture, \(16, 10\)",
+        ),
+        (lambda c: c.update(dict(loss=dict(name="sigmoid_xent", reduction="avg"))), "loss: Unknown reduction='avg'"),
+        (lambda c: c.data.update(dict(train_transforms=CUT)), "^data: .*central_crop"),
         (lambda c: c.evals.test.update(dict(type="regression")), r"evals\.test\.type='regression' is unknown"),
     ],
 )

@@ -94,6 +94,25 @@ def test_evaluate_says_the_step_of_the_checkpoint(finished, tmp_path, capsys):
     assert ("step 8 test/" in said, "step 10 " in said) == (True, False)
 
 
+def other_evaluation():
+    config = tiny_config(run__ema_decay=0.9, data__eval_split="test[:100]", data__eval_batch_size=40)
+    config.data.eval_transforms = [*config.data.eval_transforms, dict(op="resize", size_px=8)]
+    return config
+
+
+def test_a_finished_run_is_evaluated_on_something_else(finished):
+    assert evaluate(other_evaluation(), finished[2])["test/count"] == 100
+
+
+def test_a_run_may_go_on_with_another_evaluation_and_says_so(finished, tmp_path, caplog):
+    train(tiny_config(run__ema_decay=0.9), tmp_path, stop_after=4)
+    assert "another evaluation" not in caplog.text
+    state, results = train(other_evaluation(), tmp_path)
+    assert "goes on with another evaluation (data.eval_split test -> test[:100], data.eval_transforms" in caplog.text
+    assert results["test/count"] == 100
+    assert raw(state) == raw(finished[0])
+
+
 def test_another_experiment_in_the_workdir_is_refused(finished):
     workdir = finished[2]
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file() and p.name != "lock"}
@@ -102,6 +121,20 @@ def test_another_experiment_in_the_workdir_is_refused(finished):
     assert {p: p.stat().st_mtime_ns for p in before} == before
     # What changes neither parameters nor data may differ.
     train(tiny_config(run__ema_decay=0.9, run__log_every_steps=5), workdir)
+
+
+def test_a_run_that_failed_before_its_first_step_does_not_keep_the_workdir(tmp_path, monkeypatch):
+    from vit_flax import job
+
+    whole = job.Job.train_batches
+    with monkeypatch.context() as patched:
+        patched.setattr(job.Job, "train_batches", lambda self, start: Cut(whole(self, start), 0, ValueError("torn")))
+        with pytest.raises(ValueError, match="torn"):
+            train(tiny_config(), tmp_path)
+    assert [place.name for place in (tmp_path / "checkpoints").iterdir()] == ["0"]
+    state, _ = train(tiny_config(model__width=16, run__total_steps=4), tmp_path)
+    assert int(state.step) == 4
+    assert (tmp_path / "checkpoints" / "replaced" / "0").is_dir()
 
 
 @pytest.mark.parametrize(

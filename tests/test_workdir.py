@@ -1,5 +1,6 @@
 """The folder of a run: one writer, one experiment, whole files."""
 
+import inspect
 import json
 import os
 import socket
@@ -8,6 +9,8 @@ import pytest
 
 from vit_flax import files, workdir
 from vit_flax.config import ConfigError
+from vit_flax.data import SOURCES
+from vit_flax.job import SECTIONS
 
 CONFIG = {
     "run": {"seed": 0, "log_every_steps": 5},
@@ -35,6 +38,7 @@ def test_a_workdir_that_cannot_be_a_folder_is_named(tmp_path):
 
 def test_every_key_that_differs_is_named(tmp_path):
     workdir.claim(tmp_path, CONFIG, given=CONFIG)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     before = (tmp_path / "config.json").read_bytes()
     other = {
         "run": {"seed": 1, "log_every_steps": 9},
@@ -53,10 +57,47 @@ def test_every_key_that_differs_is_named(tmp_path):
     assert (tmp_path / "config.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("trained", ["metrics.jsonl", "checkpoints/1", "checkpoints/damaged", "checkpoints/2.tmp"])
+def test_only_what_never_took_a_step_is_replaced(trained, tmp_path):
+    workdir.claim(tmp_path, CONFIG, given=CONFIG)
+    (tmp_path / "metrics.jsonl").touch()
+    for name in ("0", "replaced/0"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    other = {**CONFIG, "model": {"width": 9}}
+    workdir.claim(tmp_path, other, given=other)
+    assert json.loads((tmp_path / "config.json").read_text())["config"]["model"] == {"width": 9}
+    if trained == "metrics.jsonl":
+        (tmp_path / trained).write_text('{"step": 1}\n')
+    else:
+        (tmp_path / trained).mkdir()
+    with pytest.raises(ConfigError, match="holds another experiment"):
+        workdir.claim(tmp_path, CONFIG, given=CONFIG)
+
+
+def test_home_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert str(workdir.path("~/runs/a")) == "/home/me/runs/a"
+
+
 def test_what_changes_no_numbers_may_differ(tmp_path):
     workdir.claim(tmp_path, CONFIG, given=CONFIG)
     workdir.claim(tmp_path, {**CONFIG, "run": {"seed": 0, "log_every_steps": 9}, "checkpoint": {}}, given=CONFIG)
     assert json.loads((tmp_path / "config.json").read_text())["config"]["run"]["log_every_steps"] == 9
+
+
+def test_what_may_differ_is_a_section_or_a_key():
+    """An entry whose key was renamed would let nothing differ."""
+    for name in workdir.MAY_CHANGE:
+        section, *path = name.removesuffix(".").split(".")
+        schema = SECTIONS[section][0]
+        if name.endswith("."):
+            continue
+        known = {*inspect.signature(schema).parameters}
+        known |= {key.removesuffix("_steps") + "_epochs" for key in known if key.endswith("_steps")}
+        assert path[0] in known, name
+        if path[1:]:  # data.source.KEY
+            takes = {key for source in SOURCES.values() for key in inspect.signature(source).parameters}
+            assert path[1] in takes, name
 
 
 def test_files_of_nobody_knows_what_run_are_not_written_over(tmp_path):

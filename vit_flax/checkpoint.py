@@ -3,6 +3,7 @@
     checkpoints/<step>/state     the arrays, by Orbax
     checkpoints/<step>/record    one JSON file: checksums of all leaves, identity and description of the run, metrics
     checkpoints/damaged/<step>   what was found damaged and passed over
+    checkpoints/replaced/0       of a run that failed before its first step, and was started again as another one
 
 Orbax writes a step to a temporary folder and renames it, so a kill during a save leaves no partial step. It has no
 checksum for array data, however, it reads its own JSON files unchecked, and it deletes in place. So nothing is used
@@ -211,27 +212,34 @@ class Checkpoints:
           identity: as in `save`.
 
         Raises:
-          CheckpointMismatch: a checkpoint was made by another run; names every difference.
+          CheckpointMismatch: a checkpoint was made by another run; names every difference. That of step 0 is moved to
+            `replaced/` instead.
           OSError: there are checkpoints, and none is whole; nothing was changed.
         """
-        restored = read_newest(self.directory, target, identity=identity)
+        try:
+            restored = read_newest(self.directory, target, identity=identity)
+        except CheckpointMismatch:
+            if self.latest_step() != 0:
+                raise
+            self._set_aside([0], "replaced")  # nothing was trained: it is of a run that failed before its first step
+            return None
         if restored is not None:
-            self._set_aside(restored.damaged)
+            self._set_aside(restored.damaged, "damaged")
         return restored
 
-    def _set_aside(self, damaged: Sequence[int]) -> None:
-        """Moves damaged steps away, where they can be looked at, so that the run may write them anew."""
-        for step in damaged:
+    def _set_aside(self, steps: Sequence[int], why: str) -> None:
+        """Moves steps to the folder `why`, where they can be looked at, so that the run may write them anew."""
+        for step in steps:
             with distributed.agreed(f"moving checkpoint {step} away"):
                 if distributed.is_main():
-                    place = self.directory / "damaged" / str(step)
+                    place = self.directory / why / str(step)
                     while place.exists():
                         place = place.with_name(place.name + "+")
                     place.parent.mkdir(exist_ok=True)
                     (self.directory / str(step)).rename(place)
-                    log.error("Moved the damaged checkpoint %s to %s.", step, place)
+                    log.error("Moved the %s checkpoint %s to %s.", why, step, place)
             self._policy.forget(step)
-        if damaged:
+        if steps:
             self._manager.reload()
 
     def check(self) -> None:
@@ -344,7 +352,7 @@ def load_params(workdir: str | Path, *, step: int | Literal["best"] | None = Non
             raise CheckpointMismatch(f"{path} has no moving average of the parameters: the run set run.ema_decay to 0.")
         return _read_arrays(path, record, _tree_of(leaves))[root]
 
-    directory = Path(workdir).absolute() / "checkpoints"
+    directory = Path(workdir).expanduser().absolute() / "checkpoints"
     if step is None:
         found = _newest_whole(directory, read)
         if found is None:

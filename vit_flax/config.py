@@ -4,6 +4,7 @@ A key that the callable does not take, one that it needs and does not get, and a
 annotation are `ConfigError`s that name the key, before anything expensive starts.
 """
 
+import contextlib
 import difflib
 import inspect
 import math
@@ -12,7 +13,7 @@ import re
 import runpy
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
@@ -57,6 +58,34 @@ def check_names(where: str, given: Iterable[str], known: Iterable[str], required
     problems += [f"missing key {where}{name}" for name in required if name not in given]
     if problems:
         raise ConfigError("\n".join([*problems, f"Keys of {where.rstrip('.') or 'the config'}: {', '.join(known)}."]))
+
+
+def check_sections(config: Mapping[str, Any]) -> None:
+    """Checks that sections are sections, and that evaluations have names that files and figures can bear."""
+    entries = {kind: config.get(kind) for kind in ("evals", "sinks")}
+    nested = {
+        f"{kind}.{k}": v for kind, names in entries.items() if isinstance(names, Mapping) for k, v in names.items()
+    }
+    for name, section in {**config, **nested}.items():
+        if not isinstance(section, Mapping):
+            raise ConfigError(f"{name}: expected a section with keys, found {section!r}.")
+    for name in config["evals"]:
+        if not re.fullmatch(r"[\w.-]*\w", name) or name == "train":
+            raise ConfigError(
+                f"evals.{name}: the name of an evaluation starts the names of its figures and of its files: use "
+                "letters, digits, '_', '-' and '.', and not 'train', which is the training itself."
+            )
+
+
+@contextlib.contextmanager
+def named(section: str) -> Iterator[None]:
+    """Turns what a part says about its arguments into a ConfigError that names the section."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (ValueError, TypeError, OSError, ArithmeticError) as error:
+        raise ConfigError(f"{section}: {error}") from error
 
 
 def check_section(
@@ -112,6 +141,8 @@ def _in_words(annotation: Any) -> str:
             words.append(_in_words(part))
         elif part is type(None):
             words.append("None")
+        elif typing.get_origin(part) is typing.Literal:
+            words += map(repr, typing.get_args(part))
         else:
             words.append(
                 part.__name__ if not typing.get_args(part) else re.sub(r"\b(typing|collections\.abc)\.", "", str(part))
@@ -138,6 +169,8 @@ def _fits(value: Any, annotation: Any) -> bool:
         return any(_fits(value, a) for a in args)
     if _is_array(annotation) or annotation is complex:
         return False
+    if origin is typing.Literal:
+        return value in args
     if annotation is type(None) or annotation is None:
         return value is None
     if annotation is float:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -76,15 +75,7 @@ def tpu_topology(name: str) -> Sequence[Any]:
 
 def compile_step(job: Job) -> Any:
     """The compiled training step; nothing is allocated."""
-    rows, b = sharding.batch_sharding(job.mesh), job.data.batch_size
-    label = np.shape(job.data.train_source[0]["label"])  # () or, of data with several labels, (v,)
-    kinds = {
-        "image": (job.data.image_shape, np.uint8),
-        "label": (label, np.uint8 if label else np.int32),
-        "mask": ((), np.bool_),
-    }
-    batch = {k: jax.ShapeDtypeStruct((b, *shape), dtype, sharding=rows) for k, (shape, dtype) in kinds.items()}
-    return job.train_step().lower(job.abstract_state(), batch).compile()
+    return job.train_step().lower(job.abstract_state(), job.abstract_batch()).compile()
 
 
 def _parameter_table(job: Job) -> Table:

@@ -7,9 +7,7 @@ and each method of `Job` makes one part, in a notebook as in `train`.
 import dataclasses
 import inspect
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,20 @@ from vit_flax import peak, pictures, sharding, workdir
 from vit_flax.augment import augment, normalize
 from vit_flax.bad_steps import BadSteps
 from vit_flax.checkpoint import Checkpoints
-from vit_flax.config import Config, ConfigError, bind, check_names, check_section, flatten, hparams_of, in_steps, plain
+from vit_flax.checks import check_evaluations, check_logits
+from vit_flax.config import (
+    Config,
+    ConfigError,
+    bind,
+    check_names,
+    check_section,
+    check_sections,
+    flatten,
+    hparams_of,
+    in_steps,
+    named,
+    plain,
+)
 from vit_flax.data import Ahead, Batches, Data, make_data
 from vit_flax.evals import EVALS
 from vit_flax.evals.hook import Evaluation, EvaluationHook
@@ -150,14 +161,21 @@ class Job:
 
     def init_from(self, key: jax.Array, hparams: dict[str, jax.Array], pretrained: Mapping[str, Any]) -> TrainState:
         """The state before the first step of a run with that key and those numbers."""
-        h, w, c = self.data.image_shape
-        image = jnp.zeros((1, h, w, c))
         return init_state(
             key,
-            init=lambda key: put_in(self.model.init(key, image, train=False)["params"], pretrained),
+            init=lambda key: put_in(self.init_params(key), pretrained),
             optimizer=self.optimizer(),
             hparams=hparams,
         )
+
+    def init_params(self, key: jax.Array) -> PyTree:
+        """The parameters as the model initialises them."""
+        return self.model.init(key, jnp.zeros((1, *self.data.image_shape)), train=False)["params"]
+
+    @property
+    def normalize(self) -> Callable[..., Any]:
+        """uint8 images to the model's input, in evaluations."""
+        return partial(normalize, **{k: self.sections["augment"][k] for k in ("mean", "std")})
 
     @property
     def apply(self) -> Callable[..., Any]:
@@ -170,6 +188,17 @@ class Job:
         shardings = sharding.state_sharding(abstract, self.mesh)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
 
+    def abstract_batch(self) -> dict[str, Any]:
+        """The same of a training batch."""
+        label = np.shape(self.data.train_source[0]["label"])  # () or, of data with several labels, (v,)
+        kinds = {
+            "image": (self.data.image_shape, np.uint8),
+            "label": (label, np.uint8 if label else np.int32),
+            "mask": ((), np.bool_),
+        }
+        rows, b = sharding.batch_sharding(self.mesh), self.data.batch_size
+        return {k: jax.ShapeDtypeStruct((b, *shape), kind, sharding=rows) for k, (shape, kind) in kinds.items()}
+
     def optimizer(self) -> Callable[..., Any]:
         """`hparams -> GradientTransformation`."""
         section = {**self.sections["optim"], "total_steps": self.run.total_steps}
@@ -180,14 +209,19 @@ class Job:
         """The parameters (or their shapes) by how the optimiser treats them."""
         return parameter_groups(params, **self.sections["optim"])
 
+    @property
+    def loss(self) -> Callable[..., Any]:
+        """`(logits, targets, mask, hparams=) -> mean loss`."""
+        section = {k: v for k, v in self.sections["loss"].items() if k != "name"}
+        return bind(LOSSES[self.sections["loss"]["name"]], "loss", section)
+
     def step(self) -> Callable[..., Any]:
         """`(state, batch) -> (state, metrics)` (to be jitted)."""
-        loss = {k: v for k, v in self.sections["loss"].items() if k != "name"}
         objective = partial(
             classification,
             apply=bind(self.apply, "model", {}),
             augment=bind(augment, "augment", self.sections["augment"]),
-            loss=bind(LOSSES[self.sections["loss"]["name"]], "loss", loss),
+            loss=self.loss,
             num_classes=self.data.num_classes,
         )
         return partial(
@@ -307,7 +341,7 @@ class Job:
         return {
             name: EVALS[self.sections[f"evals.{name}"]["type"]](
                 apply=self.apply,
-                normalize=partial(normalize, **{k: self.sections["augment"][k] for k in ("mean", "std")}),
+                normalize=self.normalize,
                 batches=lambda: stop.until_received(split),
                 put=partial(sharding.put_batch, mesh=self.mesh, global_batch_size=self.data.eval_batch_size),
                 rows=sharding.batch_sharding(self.mesh),
@@ -390,20 +424,21 @@ def build(
     written = plain(config)
     config = {"mesh": DEFAULT_MESH} | plain(completed or config)
     check_names("", config, SECTIONS, required=[name for name in SECTIONS if name not in OPTIONAL])
-    _check_sections(config)
-    with _named("init"):
+    check_sections(config)
+    with named("init"):
         start = _make_start(config)
         config = start.complete_data(config)
     check_section("data", config["data"], make_data)
-    with _named("data"):
+    with named("data"):
         data = make_data(**config["data"])
+        image_shape = data.image_shape
     if data.batch_size > data.num_train:
         raise ConfigError(
             f"data.batch_size={data.batch_size} is larger than the {data.num_train} examples of "
             f"{config['data']['train_split']!r}: choose a smaller batch or a larger split."
         )
-    with _named("init"):
-        config = start.complete_model(config, data.num_classes, data.image_shape)
+    with named("init"):
+        config = start.complete_model(config, data.num_classes, image_shape)
     steps_per_epoch = data.num_train / data.batch_size
     given = {name: section for name, section in config.items() if name not in ("evals", "sinks")}
     given |= {f"evals.{name}": section for name, section in config["evals"].items()}
@@ -413,11 +448,11 @@ def build(
     sections = {name: in_steps(name, section, steps_per_epoch) for name, section in given.items()}
     for name, section in sections.items():
         _check(name, section)
-    with _named("run"):
+    with named("run"):
         run = Run(**sections["run"])
-    with _named("mesh"):
+    with named("mesh"):
         mesh = sharding.make_mesh(**sections["mesh"], devices=devices)
-    with _named("data"):
+    with named("data"):
         sharding.check_batch_size("data.batch_size", data.batch_size, mesh, run.accumulate_steps)
         sharding.check_batch_size("data.eval_batch_size", data.eval_batch_size, mesh)
     job = Job(
@@ -436,65 +471,35 @@ def build(
     return job
 
 
-def _check_sections(config: Mapping[str, Any]) -> None:
-    """Checks that sections are sections, and that evaluations have names that files and figures can bear."""
-    nested = {f"{kind}.{name}": entry for kind in ("evals", "sinks") for name, entry in _entries(config.get(kind))}
-    for name, section in {**config, **nested}.items():
-        if not isinstance(section, Mapping):
-            raise ConfigError(f"{name}: expected a section with keys, found {section!r}.")
-    for name in config["evals"]:
-        if not re.fullmatch(r"[\w.-]*\w", name) or name == "train":
-            raise ConfigError(
-                f"evals.{name}: the name of an evaluation starts the names of its figures and of its files: use "
-                "letters, digits, '_', '-' and '.', and not 'train', which is the training itself."
-            )
-
-
-def _entries(section: Any) -> Iterable[tuple[str, Any]]:
-    return section.items() if isinstance(section, Mapping) else ()
-
-
 def _check_parts(job: Job) -> None:
     """Makes, or traces without computing, every part that would otherwise fail when it is first used."""
     for name in ("checkpoint", *(f"evals.{name}" for name in job.config["evals"])):
-        with _named(name):
+        with named(name):
             job.every(name, lambda step, state: None)
-    _check_evaluations(job)
-    with _named("optim"):
-        job.optimizer()(job.init_arguments()[1])
-    with _named("the config"):
-        abstract = jax.eval_shape(job.init)
-    with _named("mesh"):
-        sharding.param_shardings(abstract.params, job.mesh)
-    sizes = {"images": (*job.data.image_shape,), "targets": (job.data.num_classes,)}
-    kinds = {"images": np.uint8, "targets": np.float32}
-    batch = [jax.ShapeDtypeStruct((job.data.batch_size, *sizes[name]), kinds[name]) for name in sizes]
+    check_evaluations(
+        job.config["evals"],
+        several_labels=np.ndim(job.data.train_source[0]["label"]) > 0,
+        keeps_average=bool(job.run.ema_decay),
+        best_metric=job.sections["checkpoint"].get("best_metric"),
+    )
+    key, hparams = job.init_arguments()
+    with named("model"):
+        params = jax.eval_shape(job.init_params, key)
+    with named("optim"):
+        jax.eval_shape(job.optimizer()(hparams).init, params)
+    abstract = jax.eval_shape(job.init)
+    with named("mesh"):
+        sharding.param_shardings(params, job.mesh)
+    batch = job.abstract_batch()
+    targets = jax.ShapeDtypeStruct((job.data.batch_size, job.data.num_classes), np.float32)
     change = bind(augment, "augment", job.sections["augment"])
-    with _named("augment"):
-        jax.eval_shape(change, abstract.key, *batch, hparams=abstract.hparams)
-
-
-def _check_evaluations(job: Job) -> None:
-    """Checks that the evaluations are for the labels of the data, and that one of them gives `best_metric`."""
-    several = np.ndim(job.data.train_source[0]["label"]) > 0
-    known: list[str] = []
-    for name, entry in job.config["evals"].items():
-        evaluation = EVALS[entry["type"]]
-        if evaluation.several_labels != several:
-            fitting = " or ".join(repr(kind) for kind, other in EVALS.items() if other.several_labels == several)
-            raise ConfigError(
-                f"evals.{name}.type={entry['type']!r}, but the examples of this data have "
-                f"{'several labels' if several else 'one label'} each: use {fitting}."
-            )
-        known += [f"{name}/{average}{figure}" for average in ("", "ema_") for figure in evaluation.figures]
-    if not job.run.ema_decay:
-        known = [metric for metric in known if "/ema_" not in metric]
-    best = job.sections["checkpoint"].get("best_metric")
-    if best is not None and best not in known:
-        raise ConfigError(
-            f"checkpoint.best_metric={best!r} is none of the figures of the evaluations: "
-            f"{', '.join(known) or 'there are none'}. None keeps no best checkpoint."
-        )
+    with named("augment"):
+        jax.eval_shape(change, abstract.key, batch["image"], targets, hparams=hparams)
+    check_logits(job.model, params, job.data, job.normalize)
+    with named("loss"):
+        jax.eval_shape(job.loss, targets, targets, batch["mask"], hparams=hparams)
+    with named("the training step"):
+        jax.eval_shape(job.step(), abstract, batch)
 
 
 def _make_start(config: Mapping[str, Any]) -> Start | FromScratch:
@@ -513,7 +518,7 @@ def _check(name: str, section: Mapping[str, Any]) -> None:
         extra.add("every_secs" if "every_secs" in section else "every_steps")
     if kind == "sinks":
         schema = SINKS[key]
-        with _named(name):
+        with named(name):
             check_installed(key)
     elif isinstance(schema, dict):  # the section names its callable
         which = "name" if kind == "loss" else "type"
@@ -527,7 +532,7 @@ def _check(name: str, section: Mapping[str, Any]) -> None:
 
 def _make_model(sections: Mapping[str, Mapping[str, Any]], data: Data) -> ViT:
     """The model, checked against the data."""
-    with _named("model"):
+    with named("model"):
         model = make_model(**sections["model"])
     if model.num_classes != data.num_classes:
         names = ", ".join(data.class_names[:5])
@@ -536,14 +541,3 @@ def _make_model(sections: Mapping[str, Mapping[str, Any]], data: Data) -> ViT:
             f"Set model.num_classes={data.num_classes}."
         )
     return model
-
-
-@contextmanager
-def _named(section: str) -> Iterator[None]:
-    """Turns what a part says about its arguments into a ConfigError that names the section."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except (ValueError, TypeError, OSError) as error:
-        raise ConfigError(f"{section}: {error}") from error

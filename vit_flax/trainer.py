@@ -44,14 +44,14 @@ def train(
       SystemExit: with `signals.EXIT_PREEMPTED`, after a signal to stop and a complete checkpoint.
     """
     with distributed.stop_signal() as stop:
-        completed = workdir.completed(Path(workdir_path), config)
+        completed = workdir.completed(workdir.path(workdir_path), config)
         job = build(config, completed=completed, stop_after=stop_after)
         return train_job(job, workdir_path, stop)
 
 
 def train_job(job: Job, workdir_path: str | Path, stop: StopSignal) -> tuple[TrainState, dict[str, float]]:
     """`train` for a job that is built, and perhaps changed, already."""
-    folder = Path(workdir_path).absolute()
+    folder = workdir.path(workdir_path)
     with workdir.lock(folder) if distributed.is_main() else nullcontext():
         if distributed.is_main():
             workdir.claim(folder, job.config, given=job.given)
@@ -190,7 +190,7 @@ def evaluate(config: Config, workdir_path: str | Path) -> dict[str, float]:
 
     Raises: FileNotFoundError: there is none. Otherwise as `train`.
     """
-    folder = Path(workdir_path).absolute()
+    folder = workdir.path(workdir_path)
     job = build(config, completed=workdir.completed(folder, config))
     step, state = _state_to_evaluate(job, folder)
     results: dict[str, float] = {}

@@ -30,8 +30,11 @@ log = logging.getLogger(__name__)
 
 PACKAGES = ("vit_flax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
 
-# What may differ between two lives of one run: it changes neither the parameters nor the data.
+# What is measured, not what is trained: may differ between two lives of one run, which then says so.
+EVALUATED = ("data.eval_split", "data.eval_transforms")
+# What may differ between two lives of one run: it changes neither the parameters nor the data that they are trained on.
 MAY_CHANGE = (
+    *EVALUATED,
     "run.log_every_steps",
     "mesh.",
     "run.dump_bad_batches",
@@ -43,12 +46,18 @@ MAY_CHANGE = (
     "evals.",
     "data.num_threads",
     "data.num_workers",
-    "data.prefetch_batches",
     "data.decode_once",
+    "data.eval_batch_size",
+    "data.on_error",  # as long as it was "raise", nothing was skipped
     "data.source.data_dir",
     "data.source.download",
     "data.source.root",  # the pictures may move: the identity has a digest of their paths below it and of the labels
 )
+
+
+def path(given: str | Path) -> Path:
+    """The folder that a user means: no shell expands the `~` of `--workdir=~/runs/a`."""
+    return Path(given).expanduser().absolute()
 
 
 @contextmanager
@@ -105,7 +114,7 @@ def _tuples(value: Any) -> Any:
 
 
 def claim(workdir: Path, config: Mapping[str, Any], *, given: Mapping[str, Any]) -> None:
-    """Writes config.json, where there is none or where it describes the same experiment.
+    """Writes config.json, where there is none, where it describes the same experiment, or one that never took a step.
 
     Args:
       workdir: of the run.
@@ -114,12 +123,36 @@ def claim(workdir: Path, config: Mapping[str, Any], *, given: Mapping[str, Any])
 
     Raises: ConfigError: as `check`.
     """
-    before = check(workdir, config)
+    before = _read(workdir)
+    if before is not None and _changed(before, config) and not _has_trained(workdir):
+        before = None
+    else:
+        check(workdir, config)
     record = {"config": config, "given": given, "versions": versions(), "git": git_state(), "command": sys.argv}
-    if before is not None and (changed := differences(before["versions"], record["versions"])):
-        rows = ", ".join(f"{package} {theirs} -> {ours}" for package, (theirs, ours) in changed.items())
-        log.warning("This run goes on with other software (%s): from here on its numbers may differ.", rows)
+    if before is not None:
+        _warn_of_changes(before, json.loads(json.dumps(record)))
     write_atomically(workdir / "config.json", json.dumps(record, indent=2) + "\n")
+
+
+def _warn_of_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Names what differs between two records of one experiment, where it may show in the numbers."""
+    measured = [{k: v for k, v in flatten(record["config"]).items() if k in EVALUATED} for record in (before, now)]
+    found = {
+        "other software (%s): from here on its numbers may differ.": differences(before["versions"], now["versions"]),
+        "another evaluation (%s): figures from before and from now on cannot be compared.": differences(*measured),
+    }
+    for message, changed in found.items():
+        if changed:
+            rows = ", ".join(f"{name} {theirs} -> {ours}" for name, (theirs, ours) in changed.items())
+            log.warning("This run goes on with " + message, rows)
+
+
+def _has_trained(workdir: Path) -> bool:
+    """Whether there is anything of a step that was taken; a run that fails before its first one saves step 0."""
+    metrics, checkpoints = workdir / "metrics.jsonl", workdir / "checkpoints"
+    return (metrics.exists() and metrics.stat().st_size > 0) or any(
+        place.name not in ("0", "replaced") for place in (checkpoints.iterdir() if checkpoints.is_dir() else ())
+    )
 
 
 def check(workdir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -128,8 +161,24 @@ def check(workdir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
     Raises: ConfigError: the workdir holds another experiment, and names the keys that differ; or files of a run without
       a config.json.
     """
-    path = workdir / "config.json"
-    if not path.exists():
+    record = _read(workdir)
+    if record is not None and (changed := _changed(record, config)):
+        rows = [f"  {key}: there {theirs!r}, here {ours!r}" for key, (theirs, ours) in changed.items()]
+        raise ConfigError(
+            f"{workdir} holds another experiment; these keys differ:\n"
+            + "\n".join(rows)
+            + "\nChoose another --workdir, or run the config that is there. Nothing was changed."
+        )
+    return record
+
+
+def _changed(record: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    return differences(identity(record["config"]), identity(json.loads(json.dumps(config))))
+
+
+def _read(workdir: Path) -> dict[str, Any] | None:
+    file = workdir / "config.json"
+    if not file.exists():
         foreign = [name for name in ("metrics.jsonl", "report.html") if (workdir / name).exists()]
         # Of a run with checkpoints, their records say what it is: only its config.json got lost.
         if foreign and not any((workdir / "checkpoints").glob("[0-9]*")):
@@ -139,17 +188,10 @@ def check(workdir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
             )
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        saved = identity(record["config"])
+        record = json.loads(file.read_text(encoding="utf-8"))
+        identity(record["config"])
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ConfigError(f"{path} cannot be read ({error!r}). Restore it, or choose another --workdir.") from None
-    if changed := differences(saved, identity(json.loads(json.dumps(config)))):
-        rows = [f"  {key}: there {theirs!r}, here {ours!r}" for key, (theirs, ours) in changed.items()]
-        raise ConfigError(
-            f"{workdir} holds another experiment; these keys differ:\n"
-            + "\n".join(rows)
-            + "\nChoose another --workdir, or run the config that is there. Nothing was changed."
-        )
+        raise ConfigError(f"{file} cannot be read ({error!r}). Restore it, or choose another --workdir.") from None
     return record
 
 

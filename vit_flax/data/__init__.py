@@ -54,8 +54,15 @@ def make_data(
       on_error: "raise" or "skip".
 
     Raises:
-      ValueError: an unknown source, split or transform, or splits with different classes.
+      ValueError: an unknown source, split or transform, splits with different classes, or random transforms where they
+        must not be.
     """
+    train_transform = make_transform([dict(op) for op in train_transforms])
+    eval_transform = make_transform([dict(op) for op in eval_transforms])
+    if not eval_transform.deterministic:
+        raise ValueError("eval_transforms draw random numbers: an evaluation has to see the same pictures every time.")
+    if decode_once is True and not train_transform.deterministic:
+        raise ValueError("decode_once=True, but train_transforms draw random numbers: use 'auto' or False.")
     train_source = make_source(split=train_split, **source)
     eval_source = make_source(split=eval_split, **source)
     if train_source.class_names != eval_source.class_names:
@@ -68,8 +75,8 @@ def make_data(
         eval_source=eval_source,
         batch_size=batch_size,
         eval_batch_size=eval_batch_size,
-        train_transform=make_transform([dict(op) for op in train_transforms]),
-        eval_transform=make_transform([dict(op) for op in eval_transforms]),
+        train_transform=train_transform,
+        eval_transform=eval_transform,
         reading={
             "num_threads": num_threads,
             "num_workers": num_workers,
@@ -106,9 +113,15 @@ class Data:
     @functools.cached_property
     def image_shape(self) -> tuple[int, int, int]:
         """Height, width and channels of the images in a batch; decodes the first one."""
-        return Reader(
-            self.train_source, self.train_transform, on_error=self.reading["on_error"], replace=True
-        ).image_shape
+        return self._shape(self.train_source, self.train_transform)
+
+    @functools.cached_property
+    def eval_image_shape(self) -> tuple[int, int, int]:
+        """The same of an evaluation."""
+        return self._shape(self.eval_source, self.eval_transform)
+
+    def _shape(self, source: Source, transform: Transform) -> tuple[int, int, int]:
+        return Reader(source, transform, on_error=self.reading["on_error"], replace=True).image_shape
 
     def train(self, *, seed: int, start_step: int = 0, process_index: int = 0, process_count: int = 1) -> Batches:
         """Endless training batches from `start_step` on; see `train_batches`."""
@@ -135,5 +148,5 @@ class Data:
         )
 
     def fingerprint(self) -> dict[str, Any]:
-        """JSON-able identity of the data, for the checkpoint: it must not change between the lives of a run."""
-        return {"train": self.train_source.fingerprint(), "eval": self.eval_source.fingerprint()}
+        """JSON-able identity of what is trained on, for the checkpoint: the same in all lives of a run."""
+        return {"train": self.train_source.fingerprint()}

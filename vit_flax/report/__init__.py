@@ -18,7 +18,7 @@ def write_report(workdir: str | Path) -> Path:
 
     Raises: FileNotFoundError: the folder lacks a file that every run writes; names it.
     """
-    folder = Path(workdir).absolute()
+    folder = Path(workdir).expanduser().absolute()
     for name in ("config.json", "facts.json", "metrics.jsonl"):
         if not (folder / name).exists():
             raise FileNotFoundError(f"There is no {name} in {folder}: is it the --workdir of a run that has started?")

@@ -47,7 +47,7 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vit_flax.sweep", description="Runs a sweep, or goes on with it.")
     parser.add_argument("--sweep", required=True, help="the sweep file")
-    parser.add_argument("--workdir", type=Path, help="folder of the sweep")
+    parser.add_argument("--workdir", type=lambda text: Path(text).expanduser(), help="folder of the sweep")
     parser.add_argument("--jobs", type=int, default=1, help="points that run at once, each in a process of its own")
     parser.add_argument("--vmap", action="store_true", help="trains points that differ in numbers only as one program")
     parser.add_argument("--max_members", type=int, help="of one such program; what fits in the memory of a GPU or TPU")
