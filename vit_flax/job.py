@@ -487,19 +487,16 @@ def _check_parts(job: Job) -> None:
         params = jax.eval_shape(job.init_params, key)
     with named("optim"):
         jax.eval_shape(job.optimizer()(hparams).init, params)
-    abstract = jax.eval_shape(job.init)
     with named("mesh"):
         sharding.param_shardings(params, job.mesh)
     batch = job.abstract_batch()
     targets = jax.ShapeDtypeStruct((job.data.batch_size, job.data.num_classes), np.float32)
     change = bind(augment, "augment", job.sections["augment"])
     with named("augment"):
-        jax.eval_shape(change, abstract.key, batch["image"], targets, hparams=hparams)
+        jax.eval_shape(change, key, batch["image"], targets, hparams=hparams)
     check_logits(job.model, params, job.data, job.normalize)
     with named("loss"):
         jax.eval_shape(job.loss, targets, targets, batch["mask"], hparams=hparams)
-    with named("the training step"):
-        jax.eval_shape(job.step(), abstract, batch)
 
 
 def _make_start(config: Mapping[str, Any]) -> Start | FromScratch:
