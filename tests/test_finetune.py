@@ -12,7 +12,7 @@ from PIL import Image
 
 from configs import finetune
 from tests.helpers import Cut, shrink, tiny_config
-from vit_flax import load_pretrained
+from vit_flax import load_pretrained, workdir
 from vit_flax.config import ConfigError
 from vit_flax.convert import resample
 from vit_flax.job import build
@@ -153,7 +153,7 @@ def test_model_without_pooling_needs_one():
 
 def test_filters_that_disagree():
     config = finetune_config()
-    config.data.train_transforms = [dict(op="decode"), dict(op="resize", size_px=32, filter="bicubic")]
+    config.data.train_transforms = [dict(op="decode"), dict(op="resize", size_px=(32, 48), filter="bicubic")]
     with pytest.raises(ConfigError, match=r"filter of 'resize' in data\.train_transforms is 'bicubic'.*'bilinear'"):
         build(config)
     config.init.preprocess = "checkpoint"
@@ -204,6 +204,11 @@ def test_resumed_run_needs_the_checkpoint_no_more_and_ends_alike(tmp_path, monke
     jax.tree.map(np.testing.assert_array_equal, whole.params, resumed.params)
     assert again["test/top1"] == results["test/top1"]
     assert evaluate(config, tmp_path / "resumed")["test/top1"] == results["test/top1"]
+    config.run.log_every_steps, config.data.eval_batch_size = 3, 16
+    config.evals.second = dict(type="classification", every_steps=0)
+    changed = build(config, completed=workdir.completed(tmp_path / "resumed", config))
+    assert (changed.run.log_every_steps, changed.data.eval_batch_size) == (3, 16)
+    assert evaluate(config, tmp_path / "resumed")["second/top1"] == results["test/top1"]
     # Another experiment than the one in the workdir is still noticed, and a new run still wants its checkpoint.
     config.init.keep_head = True
     with pytest.raises(ConfigError, match=r"start\.npz: there is no such file"):

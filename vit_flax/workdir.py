@@ -97,14 +97,24 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
 def completed(workdir: Path, config: Config) -> Config | None:
     """What an earlier life of the run made of the same config with a checkpoint; None if there was no such life.
 
-    So a run that started from a checkpoint goes on, and is evaluated, without it.
+    The same but for what may change: that is as it is given now. So a run that started from a checkpoint goes on, and
+    is evaluated, without it.
     """
     try:
         record = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-        same = "init" in record["given"] and record["given"] == json.loads(json.dumps(plain(config)))
-        return _tuples(record["config"]) if same else None
+        now = json.loads(json.dumps(plain(config)))
+        if "init" not in record["given"] or _to_complete(record["given"]) != _to_complete(now):
+            return None
+        before = record["config"]
+        data = {**now["data"], **{key: before["data"][key] for key in ("train_transforms", "eval_transforms")}}
+        return _tuples({**now, "data": data, **{name: before[name] for name in ("init", "model", "augment")}})
     except (OSError, ValueError, KeyError, TypeError):
         return None  # `check` says what is wrong with it
+
+
+def _to_complete(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's completion depends on: its filter goes into `data.eval_transforms`, too."""
+    return {**identity(given), "data.eval_transforms": given["data"]["eval_transforms"]}
 
 
 def _tuples(value: Any) -> Any:
