@@ -39,6 +39,18 @@ MAY_IMPORT["vit_flax.sinks"] = {"numpy", "PIL", "tensorboardX", "wandb", "mlflow
 MAY_IMPORT["vit_flax.report"] = {"absl", "vit_flax.report", "vit_flax.files", "vit_flax.config"}  # reads files only
 MAY_IMPORT["vit_flax.pictures"] = {"numpy", "PIL"}
 MAY_IMPORT["vit_flax.peak"] = NUMERIC | {"vit_flax.chips"}
+MEASURES = {"vit_flax.evals", "vit_flax.hooks", "vit_flax.writer", "vit_flax.train_log", "vit_flax.checkpoint"}
+MAY_IMPORT |= {
+    name: NUMERIC
+    | MEASURES
+    | {f"vit_flax.{beside}" for beside in ("step", "metrics", "sharding", "distributed", "sinks", "pictures", "files")}
+    | {
+        f"vit_flax.{beside}"
+        for beside in ("checkpoint_record", "checksums", "retention", "orbax_noise", "param_groups")
+    }
+    | {"absl", "etils", "orbax", "rich", "PIL"}
+    for name in MEASURES
+}
 # A run of ours is a source of weights like any other: one file of the converter reads its checkpoints.
 MAY_IMPORT["vit_flax.convert.workdir"] = MAY_IMPORT["vit_flax.convert"] | {"vit_flax.checkpoint"}
 # The comparison with other libraries imports them, and only inside functions.
@@ -53,6 +65,7 @@ IMPORTED_BY_NOBODY = (
     "vit_flax.predict",
     "vit_flax.reliability",
     "vit_flax.lives",
+    "vit_flax.sweep",
 )
 # A run may start from foreign weights.
 STARTS_FROM_CHECKPOINTS = ("vit_flax.finetune",)
