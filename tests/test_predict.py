@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.helpers import tiny_config
-from vit_flax import load_pretrained, predict
+from vit_flax import ViT, load_pretrained, predict, save_pretrained
 from vit_flax.augment import normalize
 from vit_flax.convert.workdir import evaluation_of, preprocess_of
 from vit_flax.data.digits import read_digits
@@ -127,8 +128,6 @@ def test_numbers_on_the_command_line(arguments, message, capsys):
 
 
 def test_preparation_that_the_checkpoint_does_not_know_can_be_given(run, capsys, tmp_path):
-    from vit_flax import save_pretrained
-
     folder, _, _ = run
     loaded = load_pretrained(folder / "run")
     save_pretrained(tmp_path / "bare", loaded.model, loaded.params, family="vit_flax")
@@ -212,6 +211,36 @@ def test_a_folder_of_a_run_brings_its_evaluation_along(photographs, tmp_path, ca
     message = capsys.readouterr().err
     assert "for one image size only what its pictures went through" in message
     assert "'op': 'central_crop', 'size_px': 48" in message
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([1], "--preprocess: "),
+        ({"image_size": 16}, "image_size=16 must be two whole numbers"),
+        ({"image_size": [8, 8], "mean": [], "std": []}, "one entry per channel"),
+        ({"image_size": [8, 8], "crop_fraction": 0}, "crop_fraction=0 must be above 0 and at most 1"),
+        ({"image_size": [8, 8], "crop_fraction": 2}, "crop_fraction=2 must be above 0 and at most 1"),
+    ],
+    ids=str,
+)
+def test_a_preparation_that_cannot_be(run, given, message, capsys, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as in a user's program
+    arguments = ["--checkpoint", str(run[0] / "run"), str(run[0] / "pictures" / "0.png")]
+    assert predict.main([*arguments, "--preprocess", json.dumps(given)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_preparation_does_not_put_learned_positions_out_of_place(tmp_path, run, capsys):
+    """A picture of 4 x 16 has as many patches as one of 8 x 8."""
+    model = ViT(num_classes=3, patch_size=4, width=8, depth=1, mlp_dim=8, num_heads=2)
+    params = model.init(jax.random.key(0), jax.numpy.zeros((1, 8, 8, 3)), train=False)["params"]
+    save_pretrained(tmp_path / "bare", model, jax.device_get(params), family="vit_flax")
+    arguments = ["--checkpoint", str(tmp_path / "bare"), str(run[0] / "pictures" / "0.png")]
+    arguments += ["--preprocess", json.dumps({"image_size": [4, 16]})]
+    assert predict.main(arguments) == 2
+    assert "Give --image_size 4x16, too" in capsys.readouterr().err
+    assert predict.main([*arguments, "--image_size", "4x16"]) == 0
 
 
 def test_an_evaluation_that_draws_random_numbers_is_refused():

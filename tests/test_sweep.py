@@ -1,5 +1,6 @@
 """Sweeps: expanded, checked and named before anything runs; every point's end is noted."""
 
+import dataclasses
 import json
 import os
 import re
@@ -242,6 +243,15 @@ def rows_of(values, metric):
         results.Row(f"p{i}", {key: column[i] for key, column in values.items()}, "done", 2, {"m": y}, 1.0, None)
         for i, y in enumerate(metric)
     ]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, None])
+def test_seeds_without_a_finite_number_have_no_mean_and_spoil_nothing(bad):
+    rows = rows_of({"optim.lr": [1, 1, 2, 2], "run.seed": [0, 1, 0, 1]}, [0.5, 0.7, 0.5, 0.6])
+    rows[1] = dataclasses.replace(rows[1], metrics={"n": 1.0} if bad is None else {"m": bad})
+    best, other = results.settings(rows, "m", larger_is_better=True)
+    assert (best.values["optim.lr"], best.mean["m"], best.std["m"]) == (2, 0.55, pytest.approx(0.1 / 2**0.5))
+    assert np.isnan([other.mean["m"], other.std["m"]]).all()
 
 
 def test_what_decides_on_a_grid():

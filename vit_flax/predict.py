@@ -196,8 +196,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _with_preprocess(pretrained: Pretrained, text: str) -> Pretrained:
     try:
         preprocess = Preprocess.from_dict(json.loads(text))
-    except (ValueError, TypeError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"--preprocess: {error}") from error
+    # Learned positions are of one size; another with as many patches would go through, its positions out of place.
+    if pretrained.model.posemb == "learned" and preprocess.image_size != pretrained.image_size:
+        want = "x".join(map(str, preprocess.image_size))
+        raise ValueError(
+            f"--preprocess: the model takes pictures of {pretrained.image_size}, found image_size="
+            f"{preprocess.image_size}. Give --image_size {want}, too, to have its positions resampled."
+        )
     return dataclasses.replace(pretrained, preprocess=preprocess, evaluation=None)
 
 

@@ -42,7 +42,12 @@ class Preprocess:
     def __post_init__(self) -> None:
         if self.filter not in ("bilinear", "bicubic"):
             raise ValueError(f"filter={self.filter!r} is unknown: expected 'bilinear' or 'bicubic'.")
-        if len(self.mean) != len(self.std) or min(self.std) <= 0:
+        sides = self.image_size
+        if not isinstance(sides, tuple) or len(sides) != 2 or not all(isinstance(n, int) and n > 0 for n in sides):
+            raise ValueError(f"image_size={sides!r} must be two whole numbers above 0, rows and columns.")
+        if self.crop_fraction is not None and not 0 < self.crop_fraction <= 1:
+            raise ValueError(f"crop_fraction={self.crop_fraction!r} must be above 0 and at most 1, or None.")
+        if not self.std or len(self.mean) != len(self.std) or min(self.std) <= 0:
             raise ValueError(f"mean={self.mean} and std={self.std} must have one entry per channel, std above 0.")
 
     def __call__(self, image: UInt8[np.ndarray, "h w c"]) -> Float[np.ndarray, "H W c"]:

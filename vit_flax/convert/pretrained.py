@@ -173,7 +173,7 @@ def open_checkpoint(path: str | Path, *, family: str | None = None, fields: Mapp
         return Opened(kind, source, spec, model, kind.rows(model), image_size, shapes)
     except ValueError as error:
         raise error if source.path in str(error) else ValueError(f"{source.path}: {error}") from error
-    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+    except (LookupError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(
             f"{source.path}: the configuration beside the weights describes no {kind.name} model "
             f"({type(error).__name__}: {error}). Fetch it again, or name another family."

@@ -23,7 +23,7 @@ def write_report(workdir: str | Path) -> Path:
         if not (folder / name).exists():
             raise FileNotFoundError(f"There is no {name} in {folder}: is it the --workdir of a run that has started?")
     record, facts = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("config.json", "facts.json"))
-    lines = _whole_lines(folder / "metrics.jsonl")
+    lines = whole_lines(folder / "metrics.jsonl")
     evals = {
         path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "evals").glob("*.json"))
     }
@@ -58,7 +58,7 @@ def page(title: str, body: str) -> str:
     )
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
+def whole_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file; the last one may be half written, as the run may still be going on."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines():

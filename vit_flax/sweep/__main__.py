@@ -37,7 +37,7 @@ def main() -> int:
         sweep = load_sweep(arguments.sweep)
         _check_arguments(sweep, arguments)
         return _run(sweep, arguments)
-    except (ConfigError, ModuleNotFoundError, RuntimeError) as error:
+    except (ConfigError, ModuleNotFoundError, OSError, RuntimeError) as error:
         if os.environ.get("VIT_FLAX_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)

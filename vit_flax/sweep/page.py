@@ -1,6 +1,5 @@
 """`sweep.html`: what a sweep found, in one file that needs no network."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_flax.files import write_atomically
-from vit_flax.report import page
+from vit_flax.report import page, whole_lines
 from vit_flax.report.charts import Series, line_chart, number
 from vit_flax.sweep.points import Sweep, point_name
 from vit_flax.sweep.results import SEED, Row, Setting, main_effects, mean_and_std, settings, stop_of
@@ -63,9 +62,7 @@ def _curves(workdir: Path, ranked: Sequence[Setting], metric: str) -> str:
         series = []
         for i, setting in enumerate(ranked[:CURVES]):
             file = workdir / "points" / setting.rows[0].name / "metrics.jsonl"
-            lines = (
-                [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
-            )
+            lines = whole_lines(file) if file.exists() else []
             points = [(line["step"], line[name]) for line in lines if name in line]
             label = point_name({key: _plain(value) for key, value in setting.values.items()})
             series.append(Series(label.replace(",", ", "), points, f"c{i}"))

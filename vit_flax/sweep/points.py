@@ -93,16 +93,18 @@ def load_sweep(path: str | Path) -> Sweep:
             f"{path} has both sweep() and suggest(trial): keep sweep(), which lists the points, or suggest(trial), "
             "which lets Optuna choose them."
         )
-    metrics = tuple(module["metrics"]())
-    if not metrics:
-        raise ConfigError(f'{path}: metrics() has to name at least one metric, such as "test/top1".')
+    metrics = module["metrics"]()
+    if not isinstance(metrics, list | tuple) or not metrics or not all(isinstance(name, str) for name in metrics):
+        raise ConfigError(
+            f'{path}: metrics() has to return a list of at least one metric, such as ["test/top1"], found {metrics!r}.'
+        )
     base = load_base(module["BASE"])
     return Sweep(
         path=path,
         doc=(module["__doc__"] or "").strip(),
         base=base,
         points=expand(base, list(module["sweep"]()), where=str(path)) if "sweep" in module else (),
-        metrics=metrics,
+        metrics=tuple(metrics),
         suggest=module.get("suggest"),
     )
 

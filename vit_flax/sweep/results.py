@@ -5,7 +5,7 @@ import io
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,8 +116,8 @@ def settings(rows: Sequence[Row], metric: str, larger_is_better: bool) -> list[S
                 values={k: v for k, v in group[0].values.items() if k != SEED},
                 stopped_after=stopped_after,
                 rows=tuple(group),
-                mean={name: statistics.fmean(values) for name, values in numbers.items()},
-                std={n: statistics.stdev(values) if len(values) > 1 else 0.0 for n, values in numbers.items()},
+                mean={name: _finite(statistics.fmean, values) for name, values in numbers.items()},
+                std={n: _finite(statistics.stdev, values) if len(values) > 1 else 0.0 for n, values in numbers.items()},
             )
         )
 
@@ -129,6 +129,11 @@ def settings(rows: Sequence[Row], metric: str, larger_is_better: bool) -> list[S
         return reached, -math.inf if not math.isfinite(value) else value if larger_is_better else -value
 
     return sorted(found, key=worth, reverse=True)
+
+
+def _finite(statistic: Callable[[Sequence[float]], float], values: Sequence[float]) -> float:
+    """NaN where a value is not finite, which `statistics` answers with errors of all kinds."""
+    return statistic(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def print_table(console: Console, sweep: Sweep, rows: Sequence[Row], limit: int = 30) -> None:

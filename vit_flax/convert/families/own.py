@@ -18,6 +18,9 @@ from vit_flax.models import ViT
 def _describe(source: Source) -> Spec:
     config = source.config
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in config["model"].items()}
+    names, classes = config["class_names"], fields["num_classes"]
+    if names and len(names) != classes:
+        raise ValueError(f"{CONFIG} names {len(names)} classes and the head has {classes} outputs: fetch both anew.")
     return Spec(
         fields=fields,
         channels=config["channels"],
@@ -26,7 +29,7 @@ def _describe(source: Source) -> Spec:
         patch_resize="bicubic_antialias",
         preprocess=Preprocess.from_dict(config["preprocess"]) if config["preprocess"] else None,
         evaluation=Evaluation.from_dict(config["evaluation"]) if "evaluation" in config else None,
-        class_names=tuple(config["class_names"]) if config["class_names"] else None,
+        class_names=tuple(names) if names else None,
     )
 
 
