@@ -1,9 +1,9 @@
 """A small ViT on scikit-learn's handwritten digits: real scans that travel with the package, no download.
 
 Task       1,797 grey images of 8x8 pixels, 10 classes; a fixed random 20 % (359) is held out.
-Result     98.2 % top-1, mean of seeds 0, 1, 2 on an Intel Xeon: 99.2, 98.6, 96.9 (one image is 0.28 points). CPUs round
+Result     98.3 % top-1, mean of seeds 0, 1, 2 on an Intel Xeon: 98.9, 98.1, 98.1 (one image is 0.28 points). CPUs round
            differently: with the model's earlier arithmetic it was 97.7 there and 98.1 on an AMD EPYC
-Cost       62 to 95 s on two CPU cores, compilation included; 120 to 145 s where they are shared with a test run
+Cost       62 to 112 s on two CPU cores, compilation included; 120 to 145 s where they are shared with a test run
 Command    python -m vit_flax.main --config configs/digits.py --workdir runs/digits
 """
 
