@@ -12,7 +12,8 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 from vit_flax import Pretrained, load_pretrained, save_pretrained
-from vit_flax.convert.source import weight_files
+from vit_flax.convert.describe import digest
+from vit_flax.convert.source import open_source, weight_files
 
 GOLDEN = Path(__file__).parent / "golden"
 CHECKPOINT = GOLDEN / "vit_jax_prelinen.ckpt.npz"  # B/8 of width 32 and depth 3 for images of 32x32, 5 classes
@@ -32,6 +33,13 @@ def own(pretrained, tmp_path):
     """The same in our own format, to be damaged."""
     save_pretrained(tmp_path / "own", pretrained.model, pretrained.params, family="vit_flax")
     return tmp_path / "own"
+
+
+def test_the_digest_sees_the_biases_of_stacked_blocks(pretrained, own, tmp_path):
+    params = jax.tree.map(np.copy, pretrained.params)
+    params["blocks"]["mlp"]["fc1"]["bias"][1, 0] += 1
+    save_pretrained(tmp_path / "other", pretrained.model, params, family="vit_flax")
+    assert digest(open_source(str(own))) != digest(open_source(str(tmp_path / "other")))
 
 
 def changed(change, path=CHECKPOINT, tmp=None):
@@ -211,6 +219,8 @@ def test_shapes_that_disagree_with_the_configuration(own):
         (lambda c: c["model"].update(pool="avg"), r"model\.pool='avg' is unknown"),
         (lambda c: c["model"].update(mlp_dim=2.5), "describes no vit_flax model"),
         (lambda c: c.update(model=None), "describes no vit_flax model"),
+        (lambda c: c.update(grid=[4]), "describes no vit_flax model"),
+        (lambda c: c.update(class_names=["one", "two"]), "names 2 classes and the head has 5 outputs"),
     ],
 )
 def test_configuration_that_makes_no_model(change, message, own):

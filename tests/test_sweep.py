@@ -114,7 +114,7 @@ BASE = f"BASE = {str(ROOT / 'configs' / 'digits.py')!r}\n"
         (BASE + METRICS, r"has no sweep: .*or, for a search with Optuna, suggest\(trial\)"),
         (BASE + METRICS + SWEEP + SUGGEST, r"has both sweep\(\) and suggest\(trial\)"),
         (SWEEP, "has no BASE and no metrics"),
-        (BASE + SWEEP + "def metrics(): return []", "at least one metric"),
+        *((BASE + SWEEP + f"def metrics(): return {names}", "at least one metric") for names in ("[]", "'test/top1'")),
     ],
 )
 def test_bad_sweep_files(tmp_path, content, message):
@@ -149,6 +149,13 @@ def test_bad_command_lines(tmp_path, monkeypatch, capsys, content, flags, messag
     assert command(monkeypatch, arguments) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_file_in_place_of_the_folder_is_an_error_with_a_message(tmp_path, monkeypatch, capsys):
+    (tmp_path / "sweep.py").write_text(BASE + METRICS + SWEEP)
+    (tmp_path / "run").write_text("")
+    assert command(monkeypatch, ["--sweep", str(tmp_path / "sweep.py"), "--workdir", str(tmp_path / "run")]) == 2
+    assert "Choose a --workdir" in capsys.readouterr().err
 
 
 def command(monkeypatch, arguments):
@@ -220,6 +227,16 @@ def test_the_page_takes_values_that_are_lists(tmp_path):
     page = write_page(tmp_path, sweep, results.collect(tmp_path, sweep)).read_text()
     assert "optim.lr down, augment.mean across" in page
     assert "<th>[0.6]</th>" in page
+
+
+def test_the_page_takes_a_metrics_file_whose_last_line_is_half_written(tmp_path):
+    sweep = make([{"optim.lr": 1e-3}, {"optim.lr": 2e-3}])
+    for point in sweep.points:
+        folder = run.point_workdir(tmp_path, point)
+        run.write_result(folder, point, status="done", step=2, metrics={"test/top1": 0.5}, secs=1.0)
+        lines = [json.dumps({"step": step, "test/top1": 0.5}) for step in (1, 2)]
+        (folder / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 3, "tes']))
+    assert "The best 2" in write_page(tmp_path, sweep, results.collect(tmp_path, sweep)).read_text()
 
 
 def test_the_command_checks_its_points_without_jax_in_its_own_process(tmp_path):

@@ -109,6 +109,19 @@ def test_a_member_that_diverges_is_noted_and_the_others_go_on(tmp_path):
     assert any("the others go on" in line for line in said)
 
 
+def test_a_member_tried_again_beside_a_new_one_is_another_group(tmp_path):
+    """As many members, the first one the same: only their names tell the groups apart."""
+    config = base()
+    with config.unlocked():
+        config.run.total_steps = 2
+        config.optim.warmup_steps = 0
+    for other in (2e-3, 3e-3):
+        points = expand(config, [{"optim.lr": 1e-3}, {"optim.lr": other}], where="test")
+        train_members(points, tmp_path, say=lambda line: None)
+        assert read_result(point_workdir(tmp_path, points[1]))["status"] == "done"
+    assert len([*(tmp_path / "groups").iterdir()]) == 2
+
+
 def test_a_group_goes_on_where_it_stopped(trained, tmp_path, monkeypatch):
     """Cut at step 30, between its checkpoints of step 20 and 40."""
     from vit_flax.job import Job

@@ -5,8 +5,7 @@ python -m vit_flax.predict --checkpoint vit.safetensors --json *.jpg      one JS
 
 A checkpoint is whatever `load_pretrained` opens: a file, a folder, the workdir of a run, an address. The pictures go
 through what the checkpoint says they must go through; with the workdir of a run, through the evaluation transforms of
-the run. Exit status: 0 done, 1 some pictures could not be read, 2 an
-error with a message.
+the run. Exit status: 0 done, 1 some pictures could not be read, 2 an error with a message.
 """
 
 import argparse

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -116,6 +117,6 @@ def digest(source: Source) -> str:
     for name in sorted(source.tensors):
         tensor = source.tensors[name]
         found.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
-        if len(tensor.shape) <= 1:  # biases and scales: training moves every one of them
+        if math.prod(tensor.shape) <= 2**19:  # biases and scales, stacked or not: training moves every one of them
             found.update(np.ascontiguousarray(tensor.read()).tobytes())
     return found.hexdigest()[:16]

@@ -20,7 +20,7 @@ from vit_flax.convert.table import Family, Outgoing
 from vit_flax.models import ViT
 from vit_flax.models.layout import stack_blocks
 
-# Fields of `ViT` that say how to train or compute and not what the function is; no file format carries them.
+# Fields of `ViT` that say how to train or compute and not what the function is; only our own format carries them.
 _NOT_ARCHITECTURE = {
     "drop_path", "drop_path_ramp", "dropout", "attention_dropout", "head_dropout", "head_bias_init", "head_zero_init",
     "scan", "scan_unroll", "remat", "attention_impl", "return_attention", "dtype", "param_dtype", "parent", "name",

@@ -7,6 +7,7 @@ communication. On a device they go one after the other on a CPU (`lax.map`: its 
 side elsewhere (`vmap`: one small model does not fill a GPU).
 """
 
+import hashlib
 import json
 import math
 import time
@@ -146,8 +147,10 @@ class _Run:
         self._job, self._jobs, self._points = jobs[0], jobs, points
         self._workdir, self._stop, self._say = workdir, stop, say
         self._total, self._log_every = self._job.run.total_steps, self._job.run.log_every_steps
-        name = f"{points[0].index:04d}-{len(points)}"
-        self.folder = workdir / "groups" / name
+        self._identity = {"members": [point.name for point in points], "program": program_of(points[0].config)}
+        # By its members: a group that has lost one, or got one, is another program with checkpoints of its own.
+        digest = hashlib.sha256(json.dumps(self._identity["members"]).encode()).hexdigest()[:8]
+        self.folder = workdir / "groups" / f"{points[0].index:04d}-{len(points)}-{digest}"
         self.step = 0
         count = len(points)
         devices = jax.devices()[: math.gcd(count, jax.device_count())]
@@ -162,10 +165,9 @@ class _Run:
 
     def train(self, checkpoints: Checkpoints) -> None:
         """Trains to the end or to a signal."""
-        identity = {"members": [point.name for point in self._points], "program": program_of(self._points[0].config)}
         abstract = jax.eval_shape(self._init, *self._init_arguments(), {})
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._cut), abstract)
-        restored = checkpoints.restore(target, identity=identity)
+        restored = checkpoints.restore(target, identity=self._identity)
         if restored is None:
             init = jax.jit(self._init, out_shardings=self._cut)
             restored = Restored(0, init(*self._init_arguments(), self._job.pretrained()), {})
@@ -173,17 +175,15 @@ class _Run:
         with ExitStack() as writers:
             members = self._open(progress["members"] if progress else None, writers)
             self._stop.hold()
-            self._loop(members, states, checkpoints, identity)
+            self._loop(members, states, checkpoints)
 
-    def _loop(
-        self, members: Sequence[_Member], states: TrainState, checkpoints: Checkpoints, identity: dict[str, Any]
-    ) -> None:
+    def _loop(self, members: Sequence[_Member], states: TrainState, checkpoints: Checkpoints) -> None:
         since = time.perf_counter()
 
         def save() -> None:
             progress = {"members": [self._progress(member) for member in members]}
             about = self._job.about()
-            checkpoints.save(self.step, states, identity=identity, about=about, metrics={}, progress=progress)
+            checkpoints.save(self.step, states, identity=self._identity, about=about, metrics={}, progress=progress)
 
         step_fn, batches = self._step_fn(), self._batches()
         interval: list[dict[str, jax.Array]] = []
