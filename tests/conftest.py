@@ -1,20 +1,24 @@
 """Strict numerics for every test: no silent dtype or rank promotion, shapes checked, eight virtual devices."""
 
+import importlib.metadata
 import os
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Compiling takes most of the time of these tests, and the programs are tiny: optimise them little.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
+# Compiling takes much of the time of these tests, and the programs are tiny: optimise them little.
+flags = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # a sixth of the time; later versions have no such choice
+    flags += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
 # Compiled programs are shared between the tests, the workers of pytest-xdist and the next run.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "vit_flax_test_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 from jaxtyping import install_import_hook
 
-install_import_hook(["vit_flax"], "beartype.beartype")
+from tests import typecheck
+
+install_import_hook(["vit_flax"], f"{typecheck.__name__}.check")
 
 import jax
 import pytest

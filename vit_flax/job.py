@@ -8,7 +8,7 @@ import dataclasses
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +172,11 @@ class Job:
         """The parameters as the model initialises them."""
         return self.model.init(key, jnp.zeros((1, *self.data.image_shape)), train=False)["params"]
 
+    @cached_property
+    def param_shapes(self) -> PyTree:
+        """Shapes and dtypes of the parameters; tracing the model is slow, and this is asked for in many places."""
+        return jax.eval_shape(self.init_params, self.init_arguments()[0])
+
     @property
     def normalize(self) -> Callable[..., Any]:
         """uint8 images to the model's input, in evaluations."""
@@ -184,7 +189,13 @@ class Job:
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and places of the state, as `jax.ShapeDtypeStruct`s."""
-        abstract = jax.eval_shape(self.init)
+
+        def zeros(_: jax.Array) -> PyTree:
+            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.param_shapes)
+
+        key, hparams = self.init_arguments()
+        make = partial(init_state, init=zeros, optimizer=self.optimizer(), hparams=hparams)
+        abstract = jax.eval_shape(make, key)
         shardings = sharding.state_sharding(abstract, self.mesh)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
 
@@ -326,7 +337,7 @@ class Job:
         ph, pw = (self.model.patch_size,) * 2 if isinstance(self.model.patch_size, int) else self.model.patch_size
         return {
             "total_steps": self.run.total_steps,
-            "num_params": sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(self.init).params)),
+            "num_params": sum(leaf.size for leaf in jax.tree.leaves(self.param_shapes)),
             "train_flops_per_image": 3 * forward_flops(self.model, (h // ph, w // pw), channels=c),
             "num_train_examples": self.data.num_train,
             "image_shape": [h, w, c],
@@ -484,7 +495,7 @@ def _check_parts(job: Job) -> None:
     )
     key, hparams = job.init_arguments()
     with named("model"):
-        params = jax.eval_shape(job.init_params, key)
+        params = job.param_shapes
     with named("optim"):
         jax.eval_shape(job.optimizer()(hparams).init, params)
     with named("mesh"):
