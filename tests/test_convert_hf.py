@@ -69,6 +69,7 @@ def save(pretrained, path, family):
         family=family,
         class_names=pretrained.class_names,
         preprocess=pretrained.preprocess,
+        probabilities=pretrained.probabilities,
     )
 
 
@@ -116,6 +117,16 @@ def test_labels_and_preprocessing_come_along():
 def test_numbered_labels_are_no_names(tmp_path):
     path = copy_of(VIT, tmp_path / "a", id2label={str(i): f"LABEL_{i}" for i in range(5)})
     assert load_pretrained(path).class_names is None
+
+
+@pytest.mark.parametrize("name", [VIT, "hf_Dinov2ForImageClassification", "hf_SiglipForImageClassification"])
+@pytest.mark.parametrize(("said", "meant"), [("multi_label_classification", "sigmoid"), (None, "softmax")])
+def test_classifiers_of_several_labels(name, said, meant, tmp_path):
+    pretrained = load_pretrained(copy_of(name, tmp_path / "a", problem_type=said))
+    assert pretrained.probabilities == meant
+    path = save(pretrained, tmp_path / "out", "hf")
+    assert json.loads((path / "config.json").read_text()).get("problem_type") == said
+    assert load_pretrained(path).probabilities == meant
 
 
 def test_shards_are_one_checkpoint(tmp_path):

@@ -220,6 +220,7 @@ def test_shapes_that_disagree_with_the_configuration(own):
         (lambda c: c["model"].update(pool="avg"), r"model\.pool='avg' is unknown"),
         (lambda c: c["model"].update(mlp_dim=2.5), "describes no vit_flax model"),
         (lambda c: c.update(model=None), "describes no vit_flax model"),
+        (lambda c: c.update(probabilities="relu"), "probabilities='relu': expected one of softmax, sigmoid"),
         (lambda c: c.update(class_names=["one", "two"]), "names 2 classes and the head has 5 outputs"),
     ],
 )

@@ -68,6 +68,7 @@ def convert(arguments: argparse.Namespace) -> None:
         class_names=loaded.class_names,
         preprocess=loaded.preprocess,
         posemb_resize=loaded.report.posemb_resize,
+        probabilities=loaded.probabilities,
     )
     written = open_checkpoint(path)
     print(f"wrote {path} as {written.family.name}")
@@ -79,6 +80,8 @@ def not_kept(loaded: Pretrained, written: Spec) -> Iterator[str]:
     """What goes with the weights and has no place, or another value, in the written format: one line each."""
     if loaded.class_names and written.class_names != loaded.class_names:
         yield f"not kept       the names of the {len(loaded.class_names)} classes: this format has no place for them"
+    if loaded.probabilities != written.probabilities:
+        yield f"not kept       that the probabilities of the classes are the {loaded.probabilities} of the logits"
     ours, theirs = loaded.preprocess, written.preprocess
     if ours and (theirs is None or not ours.same_as(theirs)):
         yield f"not kept       the preprocessing: {preprocessing(ours)}"

@@ -34,6 +34,8 @@ class Pretrained:
       image_size: rows and columns in pixels that the model is for.
       channels: of the images.
       evaluation: of a run of ours: what its evaluation pictures went through; None for any other checkpoint.
+      probabilities: what the logits become probabilities by, a key of `table.PROBABILITIES`: "sigmoid" where each class
+        has its own, else (also if the checkpoint does not say) "softmax".
     """
 
     model: ViT
@@ -44,6 +46,7 @@ class Pretrained:
     image_size: Grid
     channels: int
     evaluation: Evaluation | None = None
+    probabilities: str = "softmax"
 
 
 def load_pretrained(
@@ -127,6 +130,7 @@ def load_opened(
             opened.image_size,
             spec.channels,
             spec.evaluation,
+            spec.probabilities,
         ),
         spec,
         shapes,
@@ -336,7 +340,7 @@ def _adapt(stored: Pretrained, spec: Spec, shapes: engine.Shapes, wanted: _Wante
     fresh = [p for p in shapes if p not in params]
     if fresh:
         params.update(engine.initialise(new_model, image_size, channels, fresh))
-    report = stored.report
+    report, same_classes = stored.report, new_model.num_classes == model.num_classes
     dropped = {p: ("replaced with the head", w.shape) for p, w in stored.params.items() if p not in shapes}
     new_ones = {p: ("not in the file" if p in report.missing else "new head", params[p].shape) for p in fresh}
     kept = {p: v for p, v in report.reinitialised.items() if p in params and p not in fresh}
@@ -348,7 +352,8 @@ def _adapt(stored: Pretrained, spec: Spec, shapes: engine.Shapes, wanted: _Wante
         preprocess=preprocess,
         image_size=image_size,
         channels=channels,
-        class_names=stored.class_names if new_model.num_classes == model.num_classes else None,
+        class_names=stored.class_names if same_classes else None,
+        probabilities=stored.probabilities if same_classes else "softmax",
         report=replace(
             report,
             posemb_resize=method,

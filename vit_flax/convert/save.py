@@ -16,7 +16,7 @@ from vit_flax.convert import engine
 from vit_flax.convert.families import FAMILIES, GROUPS
 from vit_flax.convert.preprocess import Preprocess
 from vit_flax.convert.source import CONFIG, PREPROCESSOR, WEIGHTS, Source, Tensor
-from vit_flax.convert.table import Family, Outgoing
+from vit_flax.convert.table import PROBABILITIES, Family, Outgoing
 from vit_flax.models import ViT
 from vit_flax.models.layout import stack_blocks
 
@@ -36,6 +36,7 @@ def save_pretrained(
     class_names: Sequence[str] | None = None,
     preprocess: Preprocess | None = None,
     posemb_resize: str = "bicubic_antialias",
+    probabilities: str = "softmax",
 ) -> Path:
     """Writes a checkpoint that the family's own library opens, or explains why that library cannot express the model.
 
@@ -51,6 +52,8 @@ def save_pretrained(
       class_names: one per logit, where the format has a place for them.
       preprocess: where the format has a place for it; its image size also says the rows of a rectangular grid.
       posemb_resize: how the position table is to be resampled later (kept by our own format only).
+      probabilities: "sigmoid" where each class has its own, as of a model for several labels (kept by our own format,
+        and by transformers' where it has labels).
 
     Returns: the folder, or the .npz file.
 
@@ -65,7 +68,9 @@ def save_pretrained(
     names = GROUPS.get(family, (family,))
     if unknown := [n for n in names if n not in FAMILIES]:
         raise ValueError(f"Unknown family {unknown[0]!r}: expected one of {', '.join([*GROUPS, *FAMILIES])}.")
-    out = _outgoing(model, params, class_names, preprocess, posemb_resize)
+    if probabilities not in PROBABILITIES:
+        raise ValueError(f"{probabilities=} is unknown: expected one of {', '.join(PROBABILITIES)}.")
+    out = _outgoing(model, params, class_names, preprocess, posemb_resize=posemb_resize, probabilities=probabilities)
     reasons: dict[str, list[str]] = {}
     for kind in sorted((FAMILIES[n] for n in names), key=lambda kind: _moves_positions(kind, out.model)):
         tensors, files, reasons[kind.name] = _express(kind, out)
@@ -76,7 +81,7 @@ def save_pretrained(
 
 
 def _outgoing(
-    model: ViT, params: Mapping[str, Any], class_names: Any, preprocess: Preprocess | None, posemb_resize: str
+    model: ViT, params: Mapping[str, Any], class_names: Any, preprocess: Preprocess | None, **kept: str
 ) -> Outgoing:
     flat = {p: np.asarray(w) for p, w in flatten_dict(stack_blocks(params), sep="/").items()}
     flat = {p: w.astype(np.float32) if w.dtype == ml_dtypes.bfloat16 else w for p, w in flat.items()}
@@ -109,7 +114,7 @@ def _outgoing(
     if wrong:
         raise ValueError(f"The parameters are not those of the model; they differ in {sorted(wrong)[:10]}.")
     names = tuple(class_names) if class_names is not None else None
-    return Outgoing(model, flat, channels, image_size, preprocess, names, posemb_resize)
+    return Outgoing(model, flat, channels, image_size, preprocess, names, **kept)
 
 
 def _express(kind: Family, out: Outgoing) -> tuple[dict[str, np.ndarray], dict[str, dict[str, Any]], list[str]]:

@@ -54,6 +54,7 @@ def open_workdir(path: str) -> Source:
         posemb_resize=saved.config.get("init", {}).get("posemb_resize") or "bicubic_antialias",
         preprocess=preprocess_of(saved.preprocessing),
         class_names=saved.class_names,
+        probabilities="sigmoid" if saved.config["loss"]["name"] == "sigmoid_xent" else "softmax",
     )
     return Source(path, tensors, config | {"evaluation": asdict(evaluation_of(saved.preprocessing))})
 
