@@ -25,6 +25,8 @@ def test_conversion_there_and_back_with_changes_on_the_way(tmp_path, capsys):
     assert "resampled      posemb/table [1, 16, 32] -> [1, 32, 32]" in printed
     assert printed.endswith(f"wrote {own} as vit_flax\n")
     assert load_pretrained(own).preprocess.image_size == (64, 32)
+    ways = load_pretrained(own).report
+    assert (ways.posemb_resize, ways.patch_resize) == ("bilinear_align_corners", "bilinear_antialias")
     assert command.main([str(CHECKPOINT), str(back), "--to", "npz"]) == 0
     theirs, ours = np.load(CHECKPOINT), np.load(back)
     np.testing.assert_array_equal(ours["head/kernel"], theirs["head/kernel"])

@@ -45,6 +45,7 @@ class Init:
         "config", or "agree" (differences are an error).
       posemb_resize: how the position table is resampled; None for the way of the checkpoint's family.
       ignore: as in `load_pretrained`.
+      patch_resize: how the checkpoint's family resizes the patch embedding; filled in, for who starts from this run.
       weights: digest of the checkpoint; filled in, together with everything that the config left to the checkpoint. A
         config that has it is complete, and its checkpoint is opened only to load the weights.
     """
@@ -56,6 +57,7 @@ class Init:
     preprocess: str = "agree"
     posemb_resize: str | None = None
     ignore: Sequence[str] = ()
+    patch_resize: str | None = None
     weights: str | None = None
 
     def __post_init__(self) -> None:
@@ -126,6 +128,7 @@ class Start:
         init = {
             **config["init"],
             "posemb_resize": self.init.posemb_resize or self.opened.spec.posemb_resize,
+            "patch_resize": self.opened.spec.patch_resize,
             "weights": digest(self.opened.source),
         }
         augment = self._with_mean_and_std(dict(config["augment"]), image_shape[-1])

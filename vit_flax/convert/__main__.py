@@ -68,6 +68,7 @@ def convert(arguments: argparse.Namespace) -> None:
         class_names=loaded.class_names,
         preprocess=loaded.preprocess,
         posemb_resize=loaded.report.posemb_resize,
+        patch_resize=loaded.report.patch_resize,
         probabilities=loaded.probabilities,
     )
     written = open_checkpoint(path)

@@ -292,6 +292,7 @@ def _account(opened: Opened, params: Flat, used: set[str], excused: _Excused) ->
         path=source.path,
         family=opened.family.name,
         posemb_resize=spec.posemb_resize,
+        patch_resize=spec.patch_resize,
         loaded={p: w.shape for p, w in params.items() if p not in spec.constants},
         unused=unused,
         missing=missing,

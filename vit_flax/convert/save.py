@@ -36,6 +36,7 @@ def save_pretrained(
     class_names: Sequence[str] | None = None,
     preprocess: Preprocess | None = None,
     posemb_resize: str = "bicubic_antialias",
+    patch_resize: str = "bicubic_antialias",
     probabilities: str = "softmax",
 ) -> Path:
     """Writes a checkpoint that the family's own library opens, or explains why that library cannot express the model.
@@ -52,6 +53,7 @@ def save_pretrained(
       class_names: one per logit, where the format has a place for them.
       preprocess: where the format has a place for it; its image size also says the rows of a rectangular grid.
       posemb_resize: how the position table is to be resampled later (kept by our own format only).
+      patch_resize: the same for the patch embedding.
       probabilities: "sigmoid" where each class has its own, as of a model for several labels (kept by our own format,
         and by transformers' where it has labels).
 
@@ -70,7 +72,8 @@ def save_pretrained(
         raise ValueError(f"Unknown family {unknown[0]!r}: expected one of {', '.join([*GROUPS, *FAMILIES])}.")
     if probabilities not in PROBABILITIES:
         raise ValueError(f"{probabilities=} is unknown: expected one of {', '.join(PROBABILITIES)}.")
-    out = _outgoing(model, params, class_names, preprocess, posemb_resize=posemb_resize, probabilities=probabilities)
+    kept = dict(posemb_resize=posemb_resize, patch_resize=patch_resize, probabilities=probabilities)
+    out = _outgoing(model, params, class_names, preprocess, **kept)
     reasons: dict[str, list[str]] = {}
     for kind in sorted((FAMILIES[n] for n in names), key=lambda kind: _moves_positions(kind, out.model)):
         tensors, files, reasons[kind.name] = _express(kind, out)

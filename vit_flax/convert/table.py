@@ -87,6 +87,7 @@ class Outgoing:
     preprocess: Preprocess | None
     class_names: tuple[str, ...] | None
     posemb_resize: str
+    patch_resize: str
     probabilities: str
 
     def replace(self, **changes: Any) -> "Outgoing":

@@ -47,11 +47,13 @@ def open_workdir(path: str) -> Source:
     tensors = {name: Tensor(name, w.shape, w.dtype, lambda w=w: w) for name, w in flat.items()}
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.config["model"].items()}
     height, width, channels = saved.preprocessing["image_shape"]
+    start = saved.config.get("init", {})  # completed: it has the ways of the family that the weights came from
     config = config_json(
         make_model(**fields).clone(scan=True),
         channels=channels,
         image_size=(height, width),
-        posemb_resize=saved.config.get("init", {}).get("posemb_resize") or "bicubic_antialias",
+        posemb_resize=start.get("posemb_resize", "bicubic_antialias"),
+        patch_resize=start.get("patch_resize", "bicubic_antialias"),
         preprocess=preprocess_of(saved.preprocessing),
         class_names=saved.class_names,
         probabilities="sigmoid" if saved.config["loss"]["name"] == "sigmoid_xent" else "softmax",
