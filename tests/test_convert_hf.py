@@ -244,11 +244,20 @@ def test_pixels_that_the_patches_do_not_reach_are_cut_off():
     assert preprocess.mean == (0.25, 0.25, 0.25)  # of pixels in [0, 1] instead of [0, 2]
 
 
+@pytest.mark.parametrize(("said", "mean"), [({}, 0.5), ({"do_normalize": True}, 0.5), ({"do_normalize": False}, 0.0)])
+def test_pictures_are_normalised_unless_the_processor_says_no(said, mean):
+    values = {k: v for k, v in STATISTICS.items() if k != "do_normalize"} | dict(size=224) | said
+    preprocess = read_preprocess(Source("x", {}, {}, values), 16)
+    assert (preprocess.mean, preprocess.std) == ((mean,) * 3, (mean or 1.0,) * 3)
+
+
 @pytest.mark.parametrize(
     ("change", "what"),
     [
         (dict(resample=1), "resample=1"),
         (dict(do_resize=False), "resizes nothing"),
+        (dict(do_rescale=False), "do_rescale=false: it leaves open"),
+        (dict(image_mean=None), "no image_mean and image_std"),
         (dict(size={"shortest_edge": 224}), "shortest_edge"),
         (dict(size=224, crop_size=256, do_center_crop=True), "pads"),
         (dict(size={"height": 200, "width": 100}, crop_size=96, do_center_crop=True), "crops"),
