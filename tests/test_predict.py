@@ -13,6 +13,7 @@ from PIL import Image
 from tests.helpers import tiny_config
 from vit_flax import ViT, checkpoint, load_pretrained, predict, save_pretrained
 from vit_flax.augment import normalize
+from vit_flax.config import ConfigError
 from vit_flax.convert import __main__ as command
 from vit_flax.convert.pretrained import open_checkpoint
 from vit_flax.convert.workdir import evaluation_of, preprocess_of
@@ -234,6 +235,15 @@ def test_a_folder_of_a_run_brings_its_evaluation_along(photographs, tmp_path, ca
     assert predict.main(["--checkpoint", str(tmp_path / "run"), picture, "--json"]) == 0
     best = lines(capsys)[0]["top"][0]
     assert best["probability"] == pytest.approx(float(jax.nn.softmax(logits).max()), abs=1e-6)
+    config.init = dict(path=str(tmp_path / "run"))  # a resize, which the run has not, and the run's mean and std
+    config.data.eval_transforms = config.data.train_transforms = [dict(op="resize", size_px=48)]
+    config.model, config.augment = dict(drop_path=0.1), dict()
+    assert build(config).config["augment"] == dict(mean=(0.4, 0.5, 0.6), std=(0.2, 0.2, 0.2))
+    config.augment = dict(mean=(0.1,), std=(0.2,))
+    with pytest.raises(
+        ConfigError, match=r"augment\.mean is \(0\.1,\), but the pictures of .* through \(0\.4, 0\.5, 0\.6\)"
+    ):
+        build(config)
     small = tmp_path / "small.png"
     Image.new("RGB", (20, 60)).save(small)
     assert predict.main(["--checkpoint", str(tmp_path / "run"), str(small)]) == 1

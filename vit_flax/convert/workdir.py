@@ -74,7 +74,9 @@ def evaluation_of(preprocessing: Mapping[str, Any]) -> Evaluation:
     """What the evaluation pictures of a run went through; the argument as of `preprocess_of`."""
     fixed = [op["size_px"] for op in preprocessing["transforms"] if op["op"] != "resize_small" and op.get("size_px")]
     size = _pair(fixed[-1]) if fixed else tuple(preprocessing["image_shape"][:2])  # without a resize, all have one size
-    return Evaluation(size, tuple(preprocessing["transforms"]), *(tuple(preprocessing[k]) for k in ("mean", "std")))
+    channels = preprocessing["image_shape"][2]
+    mean, std = (tuple(preprocessing[k]) * (channels if len(preprocessing[k]) == 1 else 1) for k in ("mean", "std"))
+    return Evaluation(size, tuple(preprocessing["transforms"]), mean, std)
 
 
 def preprocess_of(preprocessing: Mapping[str, Any]) -> Preprocess | None:
@@ -89,10 +91,9 @@ def preprocess_of(preprocessing: Mapping[str, Any]) -> Preprocess | None:
     crop = _crop(ops)
     if crop is None or how["filter"] not in ("bilinear", "bicubic") or not decode.get("apply_exif", True):
         return None
-    channels = preprocessing["image_shape"][2]
-    mean, std = (tuple(preprocessing[k]) * (channels if len(preprocessing[k]) == 1 else 1) for k in ("mean", "std"))
     kept = {name: how[name] for name in ("filter", "antialias")}
-    return Preprocess(evaluation_of(preprocessing).image_size, mean, std, **kept, **crop)
+    exact = evaluation_of(preprocessing)
+    return Preprocess(exact.image_size, exact.mean, exact.std, **kept, **crop)
 
 
 def _crop(ops: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
