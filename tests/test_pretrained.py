@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -152,6 +153,26 @@ def test_what_is_out_of_scope_is_named(key, what, tmp_path):
     save_file({key: np.zeros((2, 2), np.float32)}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=rf"a\.safetensors looks like {what}.*'{key.partition('.')[0]}"):
         load_pretrained(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "family", "said", "taken"),
+    [
+        (["module."], None, "of its 35 names, 35 begin with 'module.', as", "module."),
+        (["_orig_mod.module."], "meta:dinov2", "35 begin with '_orig_mod.module.', as", "_orig_mod.module."),
+        (["model.", "ema."], None, "of its 70 names, 35 begin with 'ema.' and 35 begin with 'model.', as", "ema."),
+    ],
+)
+def test_what_training_left_in_front_of_the_names_is_named(prefixes, family, said, taken, tmp_path, monkeypatch):
+    weights = load_file(GOLDEN / "meta_dinov2" / "model.safetensors")
+    shutil.copy(GOLDEN / "meta_dinov2" / "config.json", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    save_file({p + name: w for p in prefixes for name, w in weights.items()}, "model.safetensors")
+    with pytest.raises(ValueError, match=re.escape(said)) as error:
+        load_pretrained("model.safetensors", family=family)
+    exec(str(error.value).partition('python -c "')[2].rstrip('"'))
+    assert load_pretrained("unwrapped.safetensors").report.family == "meta:dinov2"
+    assert repr(taken) in str(error.value).partition("python")[2]
 
 
 def test_two_models_in_one_file(tmp_path):
