@@ -1,5 +1,6 @@
 """`load_pretrained`: from somebody's checkpoint to a model, its parameters and what its images must go through."""
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from vit_flax.convert import engine, resample
 from vit_flax.convert.engine import Flat
 from vit_flax.convert.families import find_family
 from vit_flax.convert.preprocess import Evaluation, Preprocess
-from vit_flax.convert.report import Report, unexplained
+from vit_flax.convert.report import Report, nearest, unexplained
 from vit_flax.convert.resample import Grid
 from vit_flax.convert.source import Source, open_source
 from vit_flax.convert.table import Family, Row, Spec
@@ -168,10 +169,25 @@ def open_checkpoint(path: str | Path, *, family: str | None = None, fields: Mapp
             "fields={'scan': False}: parameters are loaded with the blocks stacked. Take model.clone(scan=False) and "
             "vit_flax.models.layout.unstack_blocks(params) afterwards."
         )
+    known = [field.name for field in dataclasses.fields(ViT) if field.name not in ("parent", "name")]
+    for name in fields or {}:
+        if name not in known:
+            raise ValueError(f"fields={dict(fields or {})}: ViT has no field {name!r}{nearest(name, known)}.")
     kind, source = find_family(open_source(path), family)
+    if not fields:
+        return _interpret(kind, source, {})
+    try:
+        return _interpret(kind, source, fields)
+    except ValueError as error:
+        _interpret(kind, source, {})  # if this fails, too, it is not for the fields
+        reason = error.__cause__ or error
+        raise ValueError(f"fields={dict(fields)} makes no model of {source.path}: {reason}") from error
+
+
+def _interpret(kind: Family, source: Source, fields: Mapping[str, Any]) -> Opened:
     try:
         spec = kind.describe(source)
-        model = ViT(**{**spec.fields, **(fields or {})})
+        model = ViT(**{**spec.fields, **fields})
         image_size = _image_size(spec, model)
         shapes = engine.parameter_shapes(model, image_size, spec.channels)
         return Opened(kind, source, spec, model, kind.rows(model), image_size, shapes)
