@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 from vit_flax import Pretrained, load_pretrained, save_pretrained
+from vit_flax.convert import Preprocess
 from vit_flax.convert.describe import digest
 from vit_flax.convert.source import open_source, weight_files
 
@@ -316,6 +317,28 @@ def test_parameters_of_no_model_are_not_written(params, pretrained, tmp_path):
     with pytest.raises(ValueError, match=r"there is no patch_embed/kernel, only \[.*Give the tree below 'params'"):
         save_pretrained(tmp_path / "out", pretrained.model, params, family="hf")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(preprocess=Preprocess((4, 4))), "The position table has 16 patches; give `preprocess`"),
+        (dict(preprocess=Preprocess((32, 4))), "The position table has 16 patches; give `preprocess`"),
+        (dict(class_names="abcde"), "class_names='abcde': expected a list of names, one per class"),
+        (dict(class_names=["a"]), "1 class names for num_classes=5"),
+        (dict(probabilities="relu"), "probabilities='relu' is unknown: expected one of softmax, sigmoid"),
+    ],
+)
+def test_what_goes_with_the_weights_is_checked(given, message, pretrained, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        save_pretrained(tmp_path / "out", pretrained.model, pretrained.params, family="vit_flax", **given)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("names", [np.arange(5), np.array(list("01234"))])
+def test_class_names_may_be_an_array(names, pretrained, tmp_path):
+    save_pretrained(tmp_path / "out", pretrained.model, pretrained.params, family="hf", class_names=names)
+    assert load_pretrained(tmp_path / "out").class_names == tuple("01234")
 
 
 @pytest.mark.parametrize("family", ["hf", "timm", "npz", "vit_flax"])

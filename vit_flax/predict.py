@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_flax.convert import Preprocess, Pretrained, load_pretrained
-from vit_flax.convert.arguments import size, whole
+from vit_flax.convert.arguments import print_no_more, size, whole
 from vit_flax.convert.preprocess import Evaluation
 from vit_flax.convert.table import PROBABILITIES
 from vit_flax.data.decode import MODES, DecodeError, open_picture
@@ -188,6 +188,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 classes = "  ".join(f"{best['probability']:.3f} {best['class']}" for best in found)
                 print(f"{path}  {classes}", flush=True)
+    except BrokenPipeError:
+        print_no_more()
+        return 0
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

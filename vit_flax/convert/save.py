@@ -33,7 +33,7 @@ def save_pretrained(
     params: Mapping[str, Any],
     *,
     family: str,
-    class_names: Sequence[str] | None = None,
+    class_names: Sequence[str] | np.ndarray | None = None,
     preprocess: Preprocess | None = None,
     posemb_resize: str = "bicubic_antialias",
     patch_resize: str = "bicubic_antialias",
@@ -101,14 +101,18 @@ def _outgoing(
     channels = flat["patch_embed/kernel"].shape[0] // (ph * pw)
     if "posemb/table" in flat:
         patches = flat["posemb/table"].shape[1]
-        rows = preprocess.image_size[0] // ph if preprocess else round(patches**0.5)
-        if patches % rows or (preprocess and preprocess.image_size[1] // pw * rows != patches):
+        rows, columns = (side := round(patches**0.5)), patches // side
+        if preprocess:
+            rows, columns = preprocess.image_size[0] // ph, preprocess.image_size[1] // pw
+        if rows * columns != patches:
             raise ValueError(
                 f"The position table has {patches} patches; give `preprocess` with the image size that they come from."
             )
-        image_size = (rows * ph, patches // rows * pw)
+        image_size = (rows * ph, columns * pw)
     else:
         image_size = preprocess.image_size if preprocess else (224 // ph * ph, 224 // pw * pw)
+    if isinstance(class_names, str):
+        raise ValueError(f"{class_names=}: expected a list of names, one per class.")
     if class_names is not None and len(class_names) != model.num_classes:
         raise ValueError(f"{len(class_names)} class names for num_classes={model.num_classes}.")
     model = model.clone(scan=True)
@@ -116,7 +120,7 @@ def _outgoing(
     wrong = {p for p in {*shapes, *flat} if p not in shapes or p not in flat or shapes[p].shape != flat[p].shape}
     if wrong:
         raise ValueError(f"The parameters are not those of the model; they differ in {sorted(wrong)[:10]}.")
-    names = tuple(class_names) if class_names is not None else None
+    names = tuple(map(str, class_names)) if class_names is not None else None
     return Outgoing(model, flat, channels, image_size, preprocess, names, **kept)
 
 
