@@ -151,7 +151,7 @@ class Start:
             )
         if theirs is None or CLASS_NAMES in self.init.override or _only_numbers(ours) or _only_numbers(theirs):
             return
-        if differ := [i for i in range(found) if ours[i] != theirs[i]]:
+        if differ := [i for i in range(len(ours)) if ours[i] != theirs[i]]:
             first = "\n".join(
                 f"  class {i}: the data says {ours[i]!r}, the checkpoint {theirs[i]!r}" for i in differ[:5]
             )
