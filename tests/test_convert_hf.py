@@ -69,6 +69,7 @@ def save(pretrained, path, family):
         family=family,
         class_names=pretrained.class_names,
         preprocess=pretrained.preprocess,
+        probabilities=pretrained.probabilities,
     )
 
 
@@ -116,6 +117,16 @@ def test_labels_and_preprocessing_come_along():
 def test_numbered_labels_are_no_names(tmp_path):
     path = copy_of(VIT, tmp_path / "a", id2label={str(i): f"LABEL_{i}" for i in range(5)})
     assert load_pretrained(path).class_names is None
+
+
+@pytest.mark.parametrize("name", [VIT, "hf_Dinov2ForImageClassification", "hf_SiglipForImageClassification"])
+@pytest.mark.parametrize(("said", "meant"), [("multi_label_classification", "sigmoid"), (None, "softmax")])
+def test_classifiers_of_several_labels(name, said, meant, tmp_path):
+    pretrained = load_pretrained(copy_of(name, tmp_path / "a", problem_type=said))
+    assert pretrained.probabilities == meant
+    path = save(pretrained, tmp_path / "out", "hf")
+    assert json.loads((path / "config.json").read_text()).get("problem_type") == said
+    assert load_pretrained(path).probabilities == meant
 
 
 def test_shards_are_one_checkpoint(tmp_path):
@@ -233,11 +244,20 @@ def test_pixels_that_the_patches_do_not_reach_are_cut_off():
     assert preprocess.mean == (0.25, 0.25, 0.25)  # of pixels in [0, 1] instead of [0, 2]
 
 
+@pytest.mark.parametrize(("said", "mean"), [({}, 0.5), ({"do_normalize": True}, 0.5), ({"do_normalize": False}, 0.0)])
+def test_pictures_are_normalised_unless_the_processor_says_no(said, mean):
+    values = {k: v for k, v in STATISTICS.items() if k != "do_normalize"} | dict(size=224) | said
+    preprocess = read_preprocess(Source("x", {}, {}, values), 16)
+    assert (preprocess.mean, preprocess.std) == ((mean,) * 3, (mean or 1.0,) * 3)
+
+
 @pytest.mark.parametrize(
     ("change", "what"),
     [
         (dict(resample=1), "resample=1"),
         (dict(do_resize=False), "resizes nothing"),
+        (dict(do_rescale=False), "do_rescale=false: it leaves open"),
+        (dict(image_mean=None), "no image_mean and image_std"),
         (dict(size={"shortest_edge": 224}), "shortest_edge"),
         (dict(size=224, crop_size=256, do_center_crop=True), "pads"),
         (dict(size={"height": 200, "width": 100}, crop_size=96, do_center_crop=True), "crops"),

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from vit_flax import load_pretrained
+from vit_flax import load_pretrained, predict
 from vit_flax.convert import __main__ as command
 
 ROOT = Path(__file__).parent.parent
@@ -25,6 +26,8 @@ def test_conversion_there_and_back_with_changes_on_the_way(tmp_path, capsys):
     assert "resampled      posemb/table [1, 16, 32] -> [1, 32, 32]" in printed
     assert printed.endswith(f"wrote {own} as vit_flax\n")
     assert load_pretrained(own).preprocess.image_size == (64, 32)
+    ways = load_pretrained(own).report
+    assert (ways.posemb_resize, ways.patch_resize) == ("bilinear_align_corners", "bilinear_antialias")
     assert command.main([str(CHECKPOINT), str(back), "--to", "npz"]) == 0
     theirs, ours = np.load(CHECKPOINT), np.load(back)
     np.testing.assert_array_equal(ours["head/kernel"], theirs["head/kernel"])
@@ -106,6 +109,11 @@ def test_time_and_memory_are_measured(capsys, monkeypatch):
         ),
         ([str(CHECKPOINT), "tests", "--to", "npz"], "tests exists and is not empty"),
         ([str(CHECKPOINT), "OUT", "--to", "npz", "--family", "x"], "Unknown family 'x'"),
+        (
+            ["--describe", str(CHECKPOINT), "--num_classes", "0", "--ignore", "a"],
+            "changes nothing: leave --num_classes, --ignore out",
+        ),
+        (["--describe", "hf://a/b", "--time"], "hf://a/b is an address or a run"),
     ],
 )
 def test_mistakes_end_with_a_message_and_write_nothing(arguments, message, tmp_path, capsys):
@@ -113,6 +121,42 @@ def test_mistakes_end_with_a_message_and_write_nothing(arguments, message, tmp_p
     assert command.main([str(out) if a == "OUT" else a for a in arguments]) == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
+
+
+class Shut:
+    """Standard output whose reader has gone."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def fileno(self):
+        return self.number
+
+    def write(self, text):
+        raise BrokenPipeError
+
+    flush = write
+
+
+@pytest.mark.parametrize("run", [command.main, predict.main])
+def test_a_reader_who_has_seen_enough_is_no_error(run, tmp_path, monkeypatch, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
+    arguments = ["--describe", str(CHECKPOINT)]
+    if run is predict.main:
+        arguments = ["--checkpoint", str(CHECKPOINT), str(tmp_path / "picture.png")]
+    with open(tmp_path / "out", "w") as file:
+        monkeypatch.setattr(sys, "stdout", Shut(file.fileno()))
+        assert run(arguments) == 0
+        file.write("nobody reads this")
+    assert not (tmp_path / "out").read_text()
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--only", "--ignore"])
+def test_what_is_no_regular_expression(option, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--parity", option, "("])
+    assert f"argument {option}: expected a regular expression, found '('" in capsys.readouterr().err
 
 
 def test_command_line_without_a_task():

@@ -12,9 +12,10 @@ from PIL import Image
 
 from configs import finetune
 from tests.helpers import Cut, shrink, tiny_config
-from vit_flax import load_pretrained, workdir
+from vit_flax import load_pretrained, save_pretrained, workdir
 from vit_flax.config import ConfigError
 from vit_flax.convert import resample
+from vit_flax.data.digits import read_digits
 from vit_flax.job import build
 from vit_flax.trainer import evaluate, train
 
@@ -96,23 +97,52 @@ def test_layer_wise_decay_works_on_loaded_parameters():
     assert moved["head"]["kernel"] > 0
 
 
-def test_head_is_kept_on_request():
+def of_ten_classes(folder, class_names=None):
+    model = load_pretrained(CHECKPOINT, num_classes=10)
+    model.params["head"]["bias"] = np.arange(10, dtype=np.float32)
+    kept = dict(preprocess=model.preprocess, class_names=class_names)
+    return save_pretrained(folder, model.model, model.params, family="vit_flax", **kept)
+
+
+@pytest.mark.parametrize("num_classes", [None, 5, 10])
+def test_head_of_other_classes_is_not_kept(num_classes):
     config = finetune_config(keep_head=True)
+    if num_classes:
+        config.model.num_classes = num_classes
+    message = (
+        r"the head of .* has 5 classes, and the data 10 classes \(0, 1, 2, 3, 4, \.\.\.\)\. Leave init\.keep_head out"
+    )
+    with pytest.raises(ConfigError, match=message):
+        build(config)
+
+
+def test_head_is_kept_for_the_same_classes_in_the_same_order(tmp_path):
+    """The data says nothing about its names first (digits are named by their numbers), and then names them."""
+    config = finetune_config(of_ten_classes(tmp_path / "ten", NAMES), keep_head=True)
+    build(config)
+    images, labels = read_digits()
+    np.savez(tmp_path / "digits.npz", train_images=images[:50], train_labels=labels[:50])
+    config.data.source = dict(name="arrays", path=str(tmp_path / "digits.npz"), class_names=NAMES)
+    config.data.train_split = config.data.eval_split = "train"
+    build(config)
+    config.data.source.class_names = (NAMES[1], NAMES[0], *NAMES[2:])
+    message = (
+        r"(?s)2 of the 10 classes of .*class 0: the data says 'one', the checkpoint 'zero'.*Leave init\.keep_head out"
+    )
+    with pytest.raises(ConfigError, match=message):
+        build(config)
+    config.init.override = ("class_names",)
+    build(config).pretrained()
     config.model.num_classes = 5
-    with pytest.raises(ConfigError, match=r"model\.num_classes=5, but the data has 10 classes"):
+    with pytest.raises(ConfigError, match=r"checkpoint fills them in\.$"):  # nothing may override the number
         build(config)
-    config.model.num_classes = 10
-    with pytest.raises(ConfigError, match=r"model\.num_classes: the config says 10, the checkpoint 5"):
-        build(config)
+
+
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 def test_head_of_the_same_size_is_replaced_unless_kept(tmp_path):
-    ten = tmp_path / "ten"
-    model = load_pretrained(CHECKPOINT, num_classes=10)
-    model.params["head"]["bias"] = np.arange(10, dtype=np.float32)
-    from vit_flax import save_pretrained
-
-    save_pretrained(ten, model.model, model.params, family="vit_flax", preprocess=model.preprocess)
+    ten = of_ten_classes(tmp_path / "ten")
     assert not flat(first_state(finetune_config(ten)).params)["head/bias"].any()
     kept = flat(first_state(finetune_config(ten, keep_head=True)).params)["head/bias"]
     np.testing.assert_array_equal(kept, np.arange(10))
@@ -149,6 +179,20 @@ def test_model_without_pooling_needs_one():
     config.init.override = ("pool",)
     config.model.pool = "gap"
     assert build(config).config["model"]["pool"] == "gap"
+
+
+@pytest.mark.parametrize("preprocess", ["agree", "checkpoint", "config"])
+def test_checkpoint_that_does_not_say_how_pictures_were_prepared(preprocess, tmp_path):
+    model = load_pretrained(CHECKPOINT)
+    save_pretrained(tmp_path / "bare", model.model, model.params, family="vit_flax")
+    config = finetune_config(tmp_path / "bare", preprocess=preprocess)
+    with pytest.raises(
+        ConfigError, match=r"bare does not say how its pictures .*: write augment\.mean and augment\.std"
+    ):
+        build(config)
+    config.augment = dict(mean=(0.4,), std=(0.2,))
+    config.init.preprocess = "config"
+    assert build(config).config["augment"]["mean"] == (0.4,)
 
 
 def test_filters_that_disagree():
@@ -267,7 +311,10 @@ def test_shipped_config_on_a_folder_of_pictures(tmp_path):
     state, results = train(config, tmp_path / "run")
     assert state.params["posemb"]["table"].shape == (1, 64, 32)
     assert results["test/count"] == 10
-    assert load_pretrained(tmp_path / "run").preprocess.crop_fraction == pytest.approx(64 / 73)
+    again = load_pretrained(tmp_path / "run")
+    assert again.preprocess.crop_fraction == pytest.approx(64 / 73)
+    ways = (again.report.posemb_resize, again.report.patch_resize)
+    assert ways == ("bilinear_align_corners", "bilinear_antialias")
 
 
 @pytest.mark.parametrize(("held_out", "split"), [("val", "val"), ("test", "test"), ("Validation", "validation")])

@@ -109,6 +109,12 @@ def test_library_that_is_absent_is_said_and_loses_no_line(monkeypatch, tmp_path,
     assert page.read_text() == f"{run.BEGIN}\nkept\n{run.END}\n"
 
 
+def test_cases_that_nothing_matches_are_an_error(only_small, capsys):
+    assert command.main(["--parity", "--only", "^google vit_jax_pre"]) == 0
+    assert command.main(["--parity", "--only", "gogle"]) == 2
+    assert f"--only 'gogle' matches none of the cases, which are\n  google {NAME}\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("arguments", "message"), [(["--only", "x"], "leave --only out"), ([], "once each, around")])
 def test_table_that_cannot_be_written(arguments, message, only_small, tmp_path, capsys):
     page = tmp_path / "weights.md"

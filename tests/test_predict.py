@@ -1,5 +1,6 @@
 """Classes of pictures, from the command line: the same numbers as the evaluation of the run gives."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,8 +11,11 @@ import pytest
 from PIL import Image
 
 from tests.helpers import tiny_config
-from vit_flax import ViT, load_pretrained, predict, save_pretrained
+from vit_flax import ViT, checkpoint, load_pretrained, predict, save_pretrained
 from vit_flax.augment import normalize
+from vit_flax.config import ConfigError
+from vit_flax.convert import __main__ as command
+from vit_flax.convert.pretrained import open_checkpoint
 from vit_flax.convert.workdir import evaluation_of, preprocess_of
 from vit_flax.data.digits import read_digits
 from vit_flax.data.transforms import make_transform
@@ -63,6 +67,34 @@ def test_probabilities_are_those_of_the_run(run, capsys):
             assert best["class"] == str(best["index"])
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
         assert [best["probability"] for best in row["top"]] == sorted(ours, reverse=True)
+
+
+def test_each_class_has_its_own_probability_where_the_loss_says_so(run, capsys, tmp_path, monkeypatch):
+    """The value goes from the run through our own format to what is printed; a new head starts without it."""
+    folder, _, _ = run
+    load_params = checkpoint.load_params
+
+    def with_sigmoid_loss(*args, **kwargs):
+        saved = load_params(*args, **kwargs)
+        return dataclasses.replace(saved, config=saved.config | {"loss": {"name": "sigmoid_xent"}})
+
+    picture = folder / "pictures" / "0.png"
+    softmax = load_pretrained(folder / "run")
+    monkeypatch.setattr(checkpoint, "load_params", with_sigmoid_loss)
+    assert command.main([str(folder / "run"), str(tmp_path / "own"), "--to", "vit_flax"]) == 0
+    monkeypatch.undo()
+    own = load_pretrained(tmp_path / "own")
+    assert (softmax.probabilities, own.probabilities) == ("softmax", "sigmoid")
+    assert load_pretrained(tmp_path / "own", num_classes=3).probabilities == "softmax"
+    [(_, likely)], [(_, certain)] = (list(predict.predict(p, [picture], top=10)) for p in (own, softmax))
+    logits = [np.log(best["probability"] / (1 - best["probability"])) for best in likely]
+    expected = np.exp(logits) / np.exp(logits).sum()
+    np.testing.assert_allclose([best["probability"] for best in certain], expected, rtol=1e-4)
+    capsys.readouterr()
+    assert command.main(["--describe", str(tmp_path / "own")]) == 0
+    assert "; each has a probability of its own" in capsys.readouterr().out
+    silent = dataclasses.replace(open_checkpoint(tmp_path / "own").spec, probabilities="softmax")
+    assert "that the probabilities of the classes are the sigmoid" in "".join(command.not_kept(own, silent))
 
 
 def test_folders_give_the_pictures_that_training_takes(tmp_path, monkeypatch):
@@ -203,6 +235,15 @@ def test_a_folder_of_a_run_brings_its_evaluation_along(photographs, tmp_path, ca
     assert predict.main(["--checkpoint", str(tmp_path / "run"), picture, "--json"]) == 0
     best = lines(capsys)[0]["top"][0]
     assert best["probability"] == pytest.approx(float(jax.nn.softmax(logits).max()), abs=1e-6)
+    config.init = dict(path=str(tmp_path / "run"))  # a resize, which the run has not, and the run's mean and std
+    config.data.eval_transforms = config.data.train_transforms = [dict(op="resize", size_px=48)]
+    config.model, config.augment = dict(drop_path=0.1), dict()
+    assert build(config).config["augment"] == dict(mean=(0.4, 0.5, 0.6), std=(0.2, 0.2, 0.2))
+    config.augment = dict(mean=(0.1,), std=(0.2,))
+    with pytest.raises(
+        ConfigError, match=r"augment\.mean is \(0\.1,\), but the pictures of .* through \(0\.4, 0\.5, 0\.6\)"
+    ):
+        build(config)
     small = tmp_path / "small.png"
     Image.new("RGB", (20, 60)).save(small)
     assert predict.main(["--checkpoint", str(tmp_path / "run"), str(small)]) == 1

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 from vit_flax import Pretrained, load_pretrained, save_pretrained
+from vit_flax.convert import Preprocess
 from vit_flax.convert.describe import digest
 from vit_flax.convert.source import open_source, weight_files
 
@@ -117,6 +119,14 @@ def test_image_size_that_the_patch_does_not_divide():
         (dict(num_classes=-1), "num_classes=-1: expected a whole number of 0 or more."),
         (dict(posemb_resize="lanczos"), "posemb_resize='lanczos' is unknown: expected one of bicubic, "),
         (dict(fields={"scan": False}), "fields={'scan': False}: parameters are loaded with the blocks stacked"),
+        (dict(fields={"widht": 3}), "fields={'widht': 3}: ViT has no field 'widht' (nearest: width)."),
+        (
+            dict(fields={"pool": "avg"}),
+            f"fields={{'pool': 'avg'}} makes no model of {CHECKPOINT}: model.pool='avg' is unknown",
+        ),
+        (dict(fields={"mlp_dim": "big"}), f"fields={{'mlp_dim': 'big'}} makes no model of {CHECKPOINT}: "),
+        (dict(fields={"depth": 4}), "and the model 4. The configuration (or the argument `fields`) does not belong to"),
+        (dict(fields={"width": 64}), "The configuration (or the argument `fields`) does not belong to these weights"),
         (dict(ignore="head"), "ignore='head': expected a list of regular expressions, such as ['head']"),
         (dict(ignore=["("]), "ignore: '(' is no regular expression"),
     ],
@@ -152,6 +162,26 @@ def test_what_is_out_of_scope_is_named(key, what, tmp_path):
     save_file({key: np.zeros((2, 2), np.float32)}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=rf"a\.safetensors looks like {what}.*'{key.partition('.')[0]}"):
         load_pretrained(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "family", "said", "taken"),
+    [
+        (["module."], None, "of its 35 names, 35 begin with 'module.', as", "module."),
+        (["_orig_mod.module."], "meta:dinov2", "35 begin with '_orig_mod.module.', as", "_orig_mod.module."),
+        (["model.", "ema."], None, "of its 70 names, 35 begin with 'ema.' and 35 begin with 'model.', as", "ema."),
+    ],
+)
+def test_what_training_left_in_front_of_the_names_is_named(prefixes, family, said, taken, tmp_path, monkeypatch):
+    weights = load_file(GOLDEN / "meta_dinov2" / "model.safetensors")
+    shutil.copy(GOLDEN / "meta_dinov2" / "config.json", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    save_file({p + name: w for p in prefixes for name, w in weights.items()}, "model.safetensors")
+    with pytest.raises(ValueError, match=re.escape(said)) as error:
+        load_pretrained("model.safetensors", family=family)
+    exec(str(error.value).partition('python -c "')[2].rstrip('"'))
+    assert load_pretrained("unwrapped.safetensors").report.family == "meta:dinov2"
+    assert repr(taken) in str(error.value).partition("python")[2]
 
 
 def test_two_models_in_one_file(tmp_path):
@@ -220,6 +250,7 @@ def test_shapes_that_disagree_with_the_configuration(own):
         (lambda c: c["model"].update(pool="avg"), r"model\.pool='avg' is unknown"),
         (lambda c: c["model"].update(mlp_dim=2.5), "describes no vit_flax model"),
         (lambda c: c.update(model=None), "describes no vit_flax model"),
+        (lambda c: c.update(probabilities="relu"), "probabilities='relu': expected one of softmax, sigmoid"),
         (lambda c: c.update(class_names=["one", "two"]), "names 2 classes and the head has 5 outputs"),
     ],
 )
@@ -286,6 +317,28 @@ def test_parameters_of_no_model_are_not_written(params, pretrained, tmp_path):
     with pytest.raises(ValueError, match=r"there is no patch_embed/kernel, only \[.*Give the tree below 'params'"):
         save_pretrained(tmp_path / "out", pretrained.model, params, family="hf")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(preprocess=Preprocess((4, 4))), "The position table has 16 patches; give `preprocess`"),
+        (dict(preprocess=Preprocess((32, 4))), "The position table has 16 patches; give `preprocess`"),
+        (dict(class_names="abcde"), "class_names='abcde': expected a list of names, one per class"),
+        (dict(class_names=["a"]), "1 class names for num_classes=5"),
+        (dict(probabilities="relu"), "probabilities='relu' is unknown: expected one of softmax, sigmoid"),
+    ],
+)
+def test_what_goes_with_the_weights_is_checked(given, message, pretrained, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        save_pretrained(tmp_path / "out", pretrained.model, pretrained.params, family="vit_flax", **given)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("names", [np.arange(5), np.array(list("01234"))])
+def test_class_names_may_be_an_array(names, pretrained, tmp_path):
+    save_pretrained(tmp_path / "out", pretrained.model, pretrained.params, family="hf", class_names=names)
+    assert load_pretrained(tmp_path / "out").class_names == tuple("01234")
 
 
 @pytest.mark.parametrize("family", ["hf", "timm", "npz", "vit_flax"])

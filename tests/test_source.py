@@ -135,6 +135,18 @@ def test_pickled_pytorch_files_get_the_command_that_converts_them(name, tmp_path
     compile(command, "the command", "exec")
 
 
+@pytest.mark.parametrize("name", [".", "pytorch_model.bin.index.json"])
+def test_pickled_shards_get_one_command_for_all(name, tmp_path):
+    files = {"a": "pytorch_model-1-of-2.bin", "b": "pytorch_model-2-of-2.bin"}
+    for file in files.values():
+        (tmp_path / file).write_bytes(b"")
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+    with pytest.raises(
+        ValueError, match=r"(?s)index\.json: pickled PyTorch files.*1-of-2.*2-of-2.*/model\.safetensors"
+    ):
+        open_source(tmp_path / name)
+
+
 def test_folders_that_leave_open_what_is_meant(weights, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere: there is no such file or folder"):
         open_source(tmp_path / "nowhere")

@@ -30,6 +30,7 @@ from vit_flax.models.variants import parse
 
 PREPROCESS = ("agree", "checkpoint", "config")
 HEAD = ("num_classes", "representation_size")
+CLASS_NAMES = "class_names"  # the one entry of `override` that is no field of the model
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,13 @@ class Init:
       path: of the checkpoint: file, folder, workdir of another run, or address.
       family: as in `load_pretrained`.
       keep_head: whether the classes are those of the checkpoint; otherwise the head starts anew.
-      override: fields of the model in which the config counts, not the checkpoint, such as ("pool", "norm_after_pool").
+      override: fields of the model in which the config counts, not the checkpoint, such as ("pool", "norm_after_pool");
+        with `keep_head`, "class_names" says that the data has the checkpoint's classes under other names.
       preprocess: which mean, standard deviation and filter count where config and checkpoint differ: "checkpoint",
         "config", or "agree" (differences are an error).
       posemb_resize: how the position table is resampled; None for the way of the checkpoint's family.
       ignore: as in `load_pretrained`.
+      patch_resize: how the checkpoint's family resizes the patch embedding; filled in, for who starts from this run.
       weights: digest of the checkpoint; filled in, together with everything that the config left to the checkpoint. A
         config that has it is complete, and its checkpoint is opened only to load the weights.
     """
@@ -56,6 +59,7 @@ class Init:
     preprocess: str = "agree"
     posemb_resize: str | None = None
     ignore: Sequence[str] = ()
+    patch_resize: str | None = None
     weights: str | None = None
 
     def __post_init__(self) -> None:
@@ -63,7 +67,7 @@ class Init:
             raise ValueError("path is empty: name a checkpoint, such as --config.init.path=vit_small.safetensors.")
         if self.preprocess not in PREPROCESS:
             raise ValueError(f"preprocess={self.preprocess!r} is unknown: expected one of {', '.join(PREPROCESS)}.")
-        known = [f.name for f in fields(ViT)]
+        known = [CLASS_NAMES, *(f.name for f in fields(ViT))]
         if unknown := [name for name in self.override if name not in known or name in HEAD]:
             raise ValueError(f"override={unknown}: no fields of the model that a checkpoint fixes.")
 
@@ -110,26 +114,52 @@ class Start:
                     raise self._differ(f"{key} of {op['op']!r} in {where}", op[key], wanted[key])
         return {**op, **wanted}
 
-    def complete_model(self, config: dict[str, Any], num_classes: int, image_shape: Sequence[int]) -> dict[str, Any]:
+    def complete_model(
+        self, config: dict[str, Any], class_names: Sequence[str], image_shape: Sequence[int]
+    ) -> dict[str, Any]:
         """The config with everything else that it leaves to the checkpoint.
 
         Args:
           config: as given, its data section completed.
-          num_classes: of the data.
+          class_names: of the data.
           image_shape: height, width and channels of the images in a batch.
 
         Raises: ConfigError: config and checkpoint differ; names the fields and what to write.
         """
         if self.init.weights is not None:
             return config
-        section = {"num_classes": num_classes, **config["model"]}
+        if self.init.keep_head:
+            self._check_classes(class_names)
+        section = {"num_classes": len(class_names), **config["model"]}
         init = {
             **config["init"],
             "posemb_resize": self.init.posemb_resize or self.opened.spec.posemb_resize,
+            "patch_resize": self.opened.spec.patch_resize,
             "weights": digest(self.opened.source),
         }
         augment = self._with_mean_and_std(dict(config["augment"]), image_shape[-1])
         return {**config, "init": init, "augment": augment, "model": self._with_fields(section)}
+
+    def _check_classes(self, ours: Sequence[str]) -> None:
+        """With the head come its classes: the data must have the same, in the same order."""
+        path, found, theirs = self.init.path, self.opened.model.num_classes, self.opened.spec.class_names
+        anew = "Leave init.keep_head out to start with a new head"
+        if found != len(ours):
+            raise ConfigError(
+                f"init.keep_head=True, but the head of {path} has {_classes(found, theirs)}, and the data "
+                f"{_classes(len(ours), ours)}. {anew}, or take data with the checkpoint's classes, all of them."
+            )
+        if theirs is None or CLASS_NAMES in self.init.override or _only_numbers(ours) or _only_numbers(theirs):
+            return
+        if differ := [i for i in range(len(ours)) if ours[i] != theirs[i]]:
+            first = "\n".join(
+                f"  class {i}: the data says {ours[i]!r}, the checkpoint {theirs[i]!r}" for i in differ[:5]
+            )
+            raise ConfigError(
+                f"init.keep_head=True, but {len(differ)} of the {found} classes of {path} are others than the data's, "
+                f"or in another order:\n{first}\n{anew}, or give the data the checkpoint's classes in the checkpoint's "
+                "order. If they are the same classes under other names: init.override=('class_names',)"
+            )
 
     def _with_fields(self, section: dict[str, Any]) -> dict[str, Any]:
         theirs = architecture(self.opened.model)
@@ -142,11 +172,12 @@ class Start:
         if wrong:
             lines = [f"  model.{n}: the config says {ours[n]!r}, the checkpoint {theirs[n]!r}" for n in wrong]
             right = ", ".join(f"{name}={stored[name]!r}" for name in wrong)
+            all_the_same = f" To load the weights into the config's model all the same: init.override={wrong}"
             raise ConfigError(
                 f"The model of the config is not that of {self.init.path}:\n"
                 + "\n".join(lines)
                 + f"\nWrite {right} into the model section, or leave these fields out of it: the checkpoint fills them "
-                + f"in. To load the weights into the config's model all the same: init.override={wrong}"
+                + f"in.{'' if set(wrong) & set(HEAD) else all_the_same}"
             )
         if ours["pool"] == "none":
             raise ConfigError(
@@ -156,15 +187,15 @@ class Start:
         return full
 
     def _with_mean_and_std(self, augment: dict[str, Any], channels: int) -> dict[str, Any]:
-        preprocess = self.opened.spec.preprocess
-        if self.init.preprocess == "config" or preprocess is None:
-            if self.init.preprocess == "checkpoint":
-                raise ConfigError(
-                    f"init.preprocess='checkpoint', but {self.init.path} does not say how its pictures were prepared: "
-                    "write augment.mean and augment.std, and init.preprocess='config'."
-                )
+        known = self.opened.spec.preprocess or self.opened.spec.evaluation
+        if known is None and (self.init.preprocess == "checkpoint" or not {"mean", "std"} <= augment.keys()):
+            raise ConfigError(
+                f"{self.init.path} does not say how its pictures were prepared: write augment.mean and augment.std, "
+                "and init.preprocess='config'."
+            )
+        if known is None or self.init.preprocess == "config":
             return augment
-        theirs = preprocess.with_channels(channels)
+        theirs = Preprocess(known.image_size, known.mean, known.std).with_channels(channels)
         for name, value in (("mean", theirs.mean), ("std", theirs.std)):
             if name in augment and self.init.preprocess == "agree":
                 if not np.allclose(augment[name], value, atol=1e-3):
@@ -194,7 +225,8 @@ class Start:
             raise ConfigError(
                 f"init.path={self.init.path!r} is another checkpoint than the one this run was set up with."
             )
-        changed = {name: getattr(model, name) for name in self.init.override if name != "patch_size"}
+        special = ("patch_size", CLASS_NAMES)
+        changed = {name: getattr(model, name) for name in self.init.override if name not in special}
         opened = open_checkpoint(self.init.path, family=self.init.family, fields=changed) if changed else self.opened
         loaded = load_opened(
             opened,
@@ -211,6 +243,15 @@ class Start:
         params: Any = unflatten_dict({path: value for path, value in flat.items() if path in stored}, sep="/")
         params = params if model.scan else unstack_blocks(params)
         return flatten_dict(params, sep="/"), loaded.report
+
+
+def _only_numbers(names: Sequence[str]) -> bool:
+    return list(names) == [str(i) for i in range(len(names))]
+
+
+def _classes(number: int | None, names: Sequence[str] | None) -> str:
+    some = f" ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else ""
+    return f"{number or 'no'} classes{some}"
 
 
 def put_in(params: Any, pretrained: Mapping[str, Any]) -> Any:
@@ -234,7 +275,9 @@ class FromScratch:
         """As it is."""
         return config
 
-    def complete_model(self, config: dict[str, Any], num_classes: int, image_shape: Sequence[int]) -> dict[str, Any]:
+    def complete_model(
+        self, config: dict[str, Any], class_names: Sequence[str], image_shape: Sequence[int]
+    ) -> dict[str, Any]:
         """As it is."""
         return config
 

@@ -449,7 +449,7 @@ def build(
             f"{config['data']['train_split']!r}: choose a smaller batch or a larger split."
         )
     with named("init"):
-        config = start.complete_model(config, data.num_classes, image_shape)
+        config = start.complete_model(config, data.class_names, image_shape)
     steps_per_epoch = data.num_train / data.batch_size
     given = {name: section for name, section in config.items() if name not in ("evals", "sinks")}
     given |= {f"evals.{name}": section for name, section in config["evals"].items()}

@@ -5,7 +5,8 @@ python -m vit_flax.predict --checkpoint vit.safetensors --json *.jpg      one JS
 
 A checkpoint is whatever `load_pretrained` opens: a file, a folder, the workdir of a run, an address. The pictures go
 through what the checkpoint says they must go through; with the workdir of a run, through the evaluation transforms of
-the run. Exit status: 0 done, 1 some pictures could not be read, 2 an error with a message.
+the run. The probabilities of a picture's classes add up to 1, unless the checkpoint says that each class has its own.
+Exit status: 0 done, 1 some pictures could not be read, 2 an error with a message.
 """
 
 import argparse
@@ -23,8 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_flax.convert import Preprocess, Pretrained, load_pretrained
-from vit_flax.convert.arguments import size, whole
+from vit_flax.convert.arguments import print_no_more, size, whole
 from vit_flax.convert.preprocess import Evaluation
+from vit_flax.convert.table import PROBABILITIES
 from vit_flax.data.decode import MODES, DecodeError, open_picture
 from vit_flax.data.folder import list_pictures
 from vit_flax.data.transforms import make_transform
@@ -61,7 +63,7 @@ def predict(
     @jax.jit
     def probabilities(params: Any, images: jax.Array) -> jax.Array:
         logits: Any = pretrained.model.apply({"params": params}, images, train=False)[0]
-        return jax.nn.softmax(logits)
+        return PROBABILITIES[pretrained.probabilities](logits)
 
     with ThreadPoolExecutor(4) as pool:
         for start in range(0, len(paths), batch_size):
@@ -186,6 +188,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 classes = "  ".join(f"{best['probability']:.3f} {best['class']}" for best in found)
                 print(f"{path}  {classes}", flush=True)
+    except BrokenPipeError:
+        print_no_more()
+        return 0
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -13,13 +13,16 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 
-from vit_flax.convert.arguments import size, whole
+from vit_flax.convert.arguments import print_no_more, regex, size, whole
 from vit_flax.convert.describe import describe, preprocessing, raw_table
 from vit_flax.convert.families import FAMILIES, GROUPS
+from vit_flax.convert.measure import check_files, measure
 from vit_flax.convert.pretrained import Pretrained, load_pretrained, open_checkpoint
 from vit_flax.convert.save import save_pretrained
 from vit_flax.convert.source import open_source
 from vit_flax.convert.table import Spec
+
+CHANGES = ("to", "num_classes", "image_size", "patch_size", "channels", "posemb_resize", "ignore")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             convert(arguments)
         else:
             parser.error("give IN OUT --to FORMAT, or --describe IN, or --parity (--help says more)")
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        print_no_more()
     except (ValueError, OSError, ModuleNotFoundError) as error:
         if os.environ.get("VIT_FLAX_TRACEBACK"):
             raise
@@ -68,6 +71,8 @@ def convert(arguments: argparse.Namespace) -> None:
         class_names=loaded.class_names,
         preprocess=loaded.preprocess,
         posemb_resize=loaded.report.posemb_resize,
+        patch_resize=loaded.report.patch_resize,
+        probabilities=loaded.probabilities,
     )
     written = open_checkpoint(path)
     print(f"wrote {path} as {written.family.name}")
@@ -79,6 +84,8 @@ def not_kept(loaded: Pretrained, written: Spec) -> Iterator[str]:
     """What goes with the weights and has no place, or another value, in the written format: one line each."""
     if loaded.class_names and written.class_names != loaded.class_names:
         yield f"not kept       the names of the {len(loaded.class_names)} classes: this format has no place for them"
+    if loaded.probabilities != written.probabilities:
+        yield f"not kept       that the probabilities of the classes are the {loaded.probabilities} of the logits"
     ours, theirs = loaded.preprocess, written.preprocess
     if ours and (theirs is None or not ours.same_as(theirs)):
         yield f"not kept       the preprocessing: {preprocessing(ours)}"
@@ -86,7 +93,17 @@ def not_kept(loaded: Pretrained, written: Spec) -> Iterator[str]:
 
 
 def show(arguments: argparse.Namespace) -> None:
-    """Prints what a checkpoint is; where no family wants it, its tensors before the error."""
+    """Prints what a checkpoint is; where no family wants it, its tensors before the error.
+
+    Raises: ValueError: an argument that only a conversion heeds; --time where no files can be compared.
+    """
+    if given := [f"--{name}" for name in CHANGES if getattr(arguments, name) not in (None, ())]:
+        raise ValueError(
+            f"--describe says what a checkpoint is, and changes nothing: leave {', '.join(given)} out, or convert it "
+            "and describe what was written."
+        )
+    if arguments.time:
+        check_files(arguments.describe)
     try:
         opened = open_checkpoint(arguments.describe, family=arguments.family)
     except ValueError:
@@ -94,8 +111,6 @@ def show(arguments: argparse.Namespace) -> None:
         raise
     print(describe(opened))
     if arguments.time:
-        from vit_flax.convert.measure import measure
-
         print(measure(arguments.describe, family=arguments.family))
 
 
@@ -120,10 +135,10 @@ def _parser() -> argparse.ArgumentParser:
     change.add_argument("--patch_size", type=size, metavar="N|HxW", help="resize the patch embedding")
     change.add_argument("--channels", type=whole(1), help="adapt the patch embedding")
     change.add_argument("--posemb_resize", metavar="METHOD", help="instead of the family's own")
-    change.add_argument("--ignore", nargs="+", default=(), metavar="REGEX", help="leave out what matches")
+    change.add_argument("--ignore", type=regex, nargs="+", default=(), metavar="REGEX", help="leave out what matches")
     parity = parser.add_argument_group("with --parity")
     parity.add_argument("--image", metavar="FILE", help="a photograph for the full-size cases")
-    parity.add_argument("--only", metavar="REGEX", help="cases whose 'family name' matches")
+    parity.add_argument("--only", type=regex, metavar="REGEX", help="cases whose 'family name' matches")
     parity.add_argument("--write", metavar="FILE", help="replace the table in this file (docs/weights.md)")
     return parser
 

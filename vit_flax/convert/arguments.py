@@ -1,6 +1,9 @@
-"""Types of command-line arguments, with messages that say what was expected."""
+"""What the commands share: types of arguments, with messages that say what was expected, and how printing ends."""
 
 import argparse
+import os
+import re
+import sys
 from collections.abc import Callable
 
 from vit_flax.convert.resample import Grid
@@ -13,6 +16,15 @@ def size(text: str) -> Grid:
         return int(rows), int(columns or rows)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"expected a size such as 224 or 224x384, found {text!r}") from error
+
+
+def regex(text: str) -> str:
+    """A regular expression."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"expected a regular expression, found {text!r} ({error})") from error
+    return text
 
 
 def whole(least: int) -> Callable[[str], int]:
@@ -28,3 +40,8 @@ def whole(least: int) -> Callable[[str], int]:
         return number
 
     return read
+
+
+def print_no_more() -> None:
+    """For a BrokenPipeError: whoever reads what we print, such as `head`, has seen enough, and Python must not mind."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

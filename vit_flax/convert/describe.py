@@ -60,7 +60,8 @@ def classes(opened: Opened) -> str:
         return "no head: the model gives features"
     names = opened.spec.class_names
     first = f" ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else ", without names"
-    return f"{opened.model.num_classes}{first}"
+    several = "; each has a probability of its own" if opened.spec.probabilities == "sigmoid" else ""
+    return f"{opened.model.num_classes}{first}{several}"
 
 
 def tensor_table(opened: Opened) -> str:

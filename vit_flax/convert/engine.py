@@ -70,7 +70,8 @@ def read(source: Source, rows: Sequence[Row], shapes: Shapes) -> tuple[Flat, set
             "\n".join(
                 [f"{source.path}: shapes or types disagree with the model that the file describes:", *wrong[:20], *more]
             )
-            + "\nThe configuration does not belong to these weights, or the wrong family was named."
+            + "\nThe configuration (or the argument `fields`) does not belong to these weights, or the wrong family "
+            "was named."
         )
 
     def run(job: tuple[str, int | None, Row, Tensor]) -> None:
@@ -94,8 +95,9 @@ def _check_depth(source: Source, rows: Sequence[Row], shapes: Shapes) -> None:
     if found not in (0, wanted):
         raise ValueError(
             f"{source.path}: the file has {found} blocks ({pattern.replace('{i}', f'0 to {found - 1}')}) and the model "
-            f"{wanted}. The configuration does not belong to these weights, or a part of them is missing: fetch both "
-            "again. (To use some blocks only: fields={'depth': ...}, and ignore=[...] for the others.)"
+            f"{wanted}. The configuration (or the argument `fields`) does not belong to these weights, or a part of "
+            "them is missing: fetch both again. (To use some blocks only: fields={'depth': ...}, and ignore=[...] for "
+            "the others.)"
         )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from vit_flax.convert.pretrained import load_pretrained
 from vit_flax.convert.source import weight_files
+from vit_flax.convert.workdir import is_workdir
 
 MIB = 2**20
 
@@ -52,6 +53,15 @@ def measure(path: str | Path, *, family: str | None, repeats: int = 7) -> str:
             ),
         ]
     )
+
+
+def check_files(path: str | Path) -> None:
+    """Raises a ValueError where a checkpoint is not in files that NumPy could read as they are."""
+    if "://" in str(path) or is_workdir(str(Path(path).expanduser())):
+        raise ValueError(
+            f"--time compares with NumPy reading the files of a checkpoint, and {path} is an address or a run, whose "
+            "files hold more than the weights. Convert it first (IN OUT --to vit_flax), and measure OUT."
+        )
 
 
 def _read_and_copy(files: list[Path]) -> None:

@@ -114,7 +114,7 @@ class Evaluation:
     Attributes:
       image_size: rows and columns in pixels, as the model got them.
       transforms: the operations of the run's `data.eval_transforms`.
-      mean: per channel, or one for all, of pixels in [0, 1].
+      mean: per channel, of pixels in [0, 1].
       std: the same for the standard deviation.
     """
 

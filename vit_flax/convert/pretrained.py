@@ -1,5 +1,6 @@
 """`load_pretrained`: from somebody's checkpoint to a model, its parameters and what its images must go through."""
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from vit_flax.convert import engine, resample
 from vit_flax.convert.engine import Flat
 from vit_flax.convert.families import find_family
 from vit_flax.convert.preprocess import Evaluation, Preprocess
-from vit_flax.convert.report import Report, unexplained
+from vit_flax.convert.report import Report, nearest, unexplained
 from vit_flax.convert.resample import Grid
 from vit_flax.convert.source import Source, open_source
 from vit_flax.convert.table import Family, Row, Spec
@@ -34,6 +35,8 @@ class Pretrained:
       image_size: rows and columns in pixels that the model is for.
       channels: of the images.
       evaluation: of a run of ours: what its evaluation pictures went through; None for any other checkpoint.
+      probabilities: what the logits become probabilities by, a key of `table.PROBABILITIES`: "sigmoid" where each class
+        has its own, else (also if the checkpoint does not say) "softmax".
     """
 
     model: ViT
@@ -44,6 +47,7 @@ class Pretrained:
     image_size: Grid
     channels: int
     evaluation: Evaluation | None = None
+    probabilities: str = "softmax"
 
 
 def load_pretrained(
@@ -127,6 +131,7 @@ def load_opened(
             opened.image_size,
             spec.channels,
             spec.evaluation,
+            spec.probabilities,
         ),
         spec,
         shapes,
@@ -164,10 +169,25 @@ def open_checkpoint(path: str | Path, *, family: str | None = None, fields: Mapp
             "fields={'scan': False}: parameters are loaded with the blocks stacked. Take model.clone(scan=False) and "
             "vit_flax.models.layout.unstack_blocks(params) afterwards."
         )
+    known = [field.name for field in dataclasses.fields(ViT) if field.name not in ("parent", "name")]
+    for name in fields or {}:
+        if name not in known:
+            raise ValueError(f"fields={dict(fields or {})}: ViT has no field {name!r}{nearest(name, known)}.")
     kind, source = find_family(open_source(path), family)
+    if not fields:
+        return _interpret(kind, source, {})
+    try:
+        return _interpret(kind, source, fields)
+    except ValueError as error:
+        _interpret(kind, source, {})  # if this fails, too, it is not for the fields
+        reason = error.__cause__ or error
+        raise ValueError(f"fields={dict(fields)} makes no model of {source.path}: {reason}") from error
+
+
+def _interpret(kind: Family, source: Source, fields: Mapping[str, Any]) -> Opened:
     try:
         spec = kind.describe(source)
-        model = ViT(**{**spec.fields, **(fields or {})})
+        model = ViT(**{**spec.fields, **fields})
         image_size = _image_size(spec, model)
         shapes = engine.parameter_shapes(model, image_size, spec.channels)
         return Opened(kind, source, spec, model, kind.rows(model), image_size, shapes)
@@ -288,6 +308,7 @@ def _account(opened: Opened, params: Flat, used: set[str], excused: _Excused) ->
         path=source.path,
         family=opened.family.name,
         posemb_resize=spec.posemb_resize,
+        patch_resize=spec.patch_resize,
         loaded={p: w.shape for p, w in params.items() if p not in spec.constants},
         unused=unused,
         missing=missing,
@@ -336,7 +357,7 @@ def _adapt(stored: Pretrained, spec: Spec, shapes: engine.Shapes, wanted: _Wante
     fresh = [p for p in shapes if p not in params]
     if fresh:
         params.update(engine.initialise(new_model, image_size, channels, fresh))
-    report = stored.report
+    report, same_classes = stored.report, new_model.num_classes == model.num_classes
     dropped = {p: ("replaced with the head", w.shape) for p, w in stored.params.items() if p not in shapes}
     new_ones = {p: ("not in the file" if p in report.missing else "new head", params[p].shape) for p in fresh}
     kept = {p: v for p, v in report.reinitialised.items() if p in params and p not in fresh}
@@ -348,7 +369,8 @@ def _adapt(stored: Pretrained, spec: Spec, shapes: engine.Shapes, wanted: _Wante
         preprocess=preprocess,
         image_size=image_size,
         channels=channels,
-        class_names=stored.class_names if new_model.num_classes == model.num_classes else None,
+        class_names=stored.class_names if same_classes else None,
+        probabilities=stored.probabilities if same_classes else "softmax",
         report=replace(
             report,
             posemb_resize=method,

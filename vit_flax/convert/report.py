@@ -16,6 +16,7 @@ class Report:
       path: of the checkpoint.
       family: that it was read as.
       posemb_resize: how its reference implementation resizes the position table (a key of `resample.METHODS`).
+      patch_resize: the same for the patch embedding.
       loaded: our parameters that came from the file, with their shapes.
       resampled: those of them that were changed on the way: path -> (what was done, old shape, new shape).
       reinitialised: our parameters that did not come from the file: path -> (why, shape).
@@ -26,6 +27,7 @@ class Report:
     path: str
     family: str
     posemb_resize: str
+    patch_resize: str
     loaded: Mapping[str, Shape]
     resampled: Mapping[str, tuple[str, Shape, Shape]] = field(default_factory=dict)
     reinitialised: Mapping[str, tuple[str, Shape]] = field(default_factory=dict)

@@ -16,7 +16,7 @@ from vit_flax.convert import engine
 from vit_flax.convert.families import FAMILIES, GROUPS
 from vit_flax.convert.preprocess import Preprocess
 from vit_flax.convert.source import CONFIG, PREPROCESSOR, WEIGHTS, Source, Tensor
-from vit_flax.convert.table import Family, Outgoing
+from vit_flax.convert.table import PROBABILITIES, Family, Outgoing
 from vit_flax.models import ViT
 from vit_flax.models.layout import stack_blocks
 
@@ -33,9 +33,11 @@ def save_pretrained(
     params: Mapping[str, Any],
     *,
     family: str,
-    class_names: Sequence[str] | None = None,
+    class_names: Sequence[str] | np.ndarray | None = None,
     preprocess: Preprocess | None = None,
     posemb_resize: str = "bicubic_antialias",
+    patch_resize: str = "bicubic_antialias",
+    probabilities: str = "softmax",
 ) -> Path:
     """Writes a checkpoint that the family's own library opens, or explains why that library cannot express the model.
 
@@ -51,6 +53,9 @@ def save_pretrained(
       class_names: one per logit, where the format has a place for them.
       preprocess: where the format has a place for it; its image size also says the rows of a rectangular grid.
       posemb_resize: how the position table is to be resampled later (kept by our own format only).
+      patch_resize: the same for the patch embedding.
+      probabilities: "sigmoid" where each class has its own, as of a model for several labels (kept by our own format,
+        and by transformers' where it has labels).
 
     Returns: the folder, or the .npz file.
 
@@ -65,7 +70,10 @@ def save_pretrained(
     names = GROUPS.get(family, (family,))
     if unknown := [n for n in names if n not in FAMILIES]:
         raise ValueError(f"Unknown family {unknown[0]!r}: expected one of {', '.join([*GROUPS, *FAMILIES])}.")
-    out = _outgoing(model, params, class_names, preprocess, posemb_resize)
+    if probabilities not in PROBABILITIES:
+        raise ValueError(f"{probabilities=} is unknown: expected one of {', '.join(PROBABILITIES)}.")
+    kept = dict(posemb_resize=posemb_resize, patch_resize=patch_resize, probabilities=probabilities)
+    out = _outgoing(model, params, class_names, preprocess, **kept)
     reasons: dict[str, list[str]] = {}
     for kind in sorted((FAMILIES[n] for n in names), key=lambda kind: _moves_positions(kind, out.model)):
         tensors, files, reasons[kind.name] = _express(kind, out)
@@ -76,7 +84,7 @@ def save_pretrained(
 
 
 def _outgoing(
-    model: ViT, params: Mapping[str, Any], class_names: Any, preprocess: Preprocess | None, posemb_resize: str
+    model: ViT, params: Mapping[str, Any], class_names: Any, preprocess: Preprocess | None, **kept: str
 ) -> Outgoing:
     flat = {p: np.asarray(w) for p, w in flatten_dict(stack_blocks(params), sep="/").items()}
     flat = {p: w.astype(np.float32) if w.dtype == ml_dtypes.bfloat16 else w for p, w in flat.items()}
@@ -93,14 +101,18 @@ def _outgoing(
     channels = flat["patch_embed/kernel"].shape[0] // (ph * pw)
     if "posemb/table" in flat:
         patches = flat["posemb/table"].shape[1]
-        rows = preprocess.image_size[0] // ph if preprocess else round(patches**0.5)
-        if patches % rows or (preprocess and preprocess.image_size[1] // pw * rows != patches):
+        rows, columns = (side := round(patches**0.5)), patches // side
+        if preprocess:
+            rows, columns = preprocess.image_size[0] // ph, preprocess.image_size[1] // pw
+        if rows * columns != patches:
             raise ValueError(
                 f"The position table has {patches} patches; give `preprocess` with the image size that they come from."
             )
-        image_size = (rows * ph, patches // rows * pw)
+        image_size = (rows * ph, columns * pw)
     else:
         image_size = preprocess.image_size if preprocess else (224 // ph * ph, 224 // pw * pw)
+    if isinstance(class_names, str):
+        raise ValueError(f"{class_names=}: expected a list of names, one per class.")
     if class_names is not None and len(class_names) != model.num_classes:
         raise ValueError(f"{len(class_names)} class names for num_classes={model.num_classes}.")
     model = model.clone(scan=True)
@@ -108,8 +120,8 @@ def _outgoing(
     wrong = {p for p in {*shapes, *flat} if p not in shapes or p not in flat or shapes[p].shape != flat[p].shape}
     if wrong:
         raise ValueError(f"The parameters are not those of the model; they differ in {sorted(wrong)[:10]}.")
-    names = tuple(class_names) if class_names is not None else None
-    return Outgoing(model, flat, channels, image_size, preprocess, names, posemb_resize)
+    names = tuple(map(str, class_names)) if class_names is not None else None
+    return Outgoing(model, flat, channels, image_size, preprocess, names, **kept)
 
 
 def _express(kind: Family, out: Outgoing) -> tuple[dict[str, np.ndarray], dict[str, dict[str, Any]], list[str]]:

@@ -10,7 +10,7 @@ import math
 import re
 import threading
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,14 +119,8 @@ def _open_local(path: Path, *, name: str, keep_alive: Any) -> Source:
         hint = f" If it is a repository of the Hugging Face hub: hf://{name}." if on_hub else ""
         raise FileNotFoundError(f"{name}: there is no such file or folder.{hint}")
     file = _find_weights(path, name) if path.is_dir() else path
-    if file.suffix in (".pth", ".pt", ".bin", ".ckpt"):
-        raise ValueError(
-            f"{file}: pickled PyTorch files are not read here, since opening one runs code from it. Save it again as "
-            f'safetensors, where PyTorch is installed:\n  python -c "import torch; from safetensors.torch import '
-            f"save_file; s = torch.load({str(file)!r}, map_location='cpu', weights_only=True); s = s.get('model', "
-            f"s.get('state_dict', s)); save_file({{k: v.contiguous().clone() for k, v in s.items() if "
-            f'torch.is_tensor(v)}}, {str(file.with_suffix(".safetensors"))!r})"'
-        )
+    if file.suffix in _PICKLED:
+        raise _pickled(file, [file], file.with_suffix(".safetensors"))
     if file.name.endswith(".index.json"):
         tensors = _read_shards(file)
     elif file.suffix == ".safetensors":
@@ -142,6 +136,20 @@ def _open_local(path: Path, *, name: str, keep_alive: Any) -> Source:
     return Source(name, tensors, config, preprocessor, keep_alive)
 
 
+_PICKLED = (".pth", ".pt", ".bin", ".ckpt")
+
+
+def _pickled(path: Path, files: Sequence[Path], target: Path) -> ValueError:
+    return ValueError(
+        f"{path}: pickled PyTorch files are not read here, since opening one runs code from it. Save it again as "
+        f'safetensors, where PyTorch is installed:\n  python -c "import torch; from safetensors.torch import '
+        f"save_file; s = {{k: v for f in {[str(file) for file in files]} for k, v in torch.load(f, "
+        "map_location='cpu', weights_only=True).items()}; s = s.get('model', s.get('state_dict', s)); "
+        "save_file({k: v.contiguous().clone() for k, v in s.items() if torch.is_tensor(v)}, "
+        f'{str(target)!r})"'
+    )
+
+
 def weight_files(path: str | Path) -> list[Path]:
     """The files that hold the bytes of a local checkpoint: one, or the shards of an index."""
     file = Path(path).expanduser()
@@ -153,7 +161,8 @@ def weight_files(path: str | Path) -> list[Path]:
 
 
 def _find_weights(folder: Path, name: str) -> Path:
-    for pattern in (WEIGHTS, f"{WEIGHTS}.index.json", "*.safetensors", "*.npz", "*.bin", "*.pth", "*.pt"):
+    indexed = (f"{WEIGHTS}.index.json", "*.safetensors", "*.npz", "*.bin.index.json")
+    for pattern in (WEIGHTS, *indexed, "*.bin", "*.pth", "*.pt"):
         found = sorted(folder.glob(pattern))
         if len(found) > 1:
             names = ", ".join(p.name for p in found)
@@ -189,6 +198,8 @@ def _read_index(index: Path) -> dict[str, str]:
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
     files = _read_index(index)
+    if pickled := sorted({index.parent / file for file in files.values() if Path(file).suffix in _PICKLED}):
+        raise _pickled(index, pickled, index.parent / WEIGHTS)
     shards = {}
     for file in sorted(set(files.values())):
         if not (index.parent / file).exists():

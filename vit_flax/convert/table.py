@@ -10,12 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 import numpy as np
 
 from vit_flax.convert.preprocess import Evaluation, Preprocess
 from vit_flax.convert.resample import Grid
 from vit_flax.convert.source import Source, Tensor
 from vit_flax.models import ViT
+
+# What logits become probabilities by, as the loss that they were trained with has it: the classes share one picture, or
+# each is there or not by itself.
+PROBABILITIES: dict[str, Callable[[Any], Any]] = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class Spec:
       preprocess: what the images must have gone through; None if the file does not say.
       evaluation: of a run of ours: what its evaluation pictures went through.
       class_names: None if the file does not say.
+      probabilities: a key of `PROBABILITIES`; "softmax" if the file does not say.
       unused: patterns of tensors that belong to the file but not to this model (decoders, text towers).
       constants: parameters of ours that the family does not store, and their value.
     """
@@ -65,6 +71,7 @@ class Spec:
     preprocess: Preprocess | None = None
     evaluation: Evaluation | None = None
     class_names: tuple[str, ...] | None = None
+    probabilities: str = "softmax"
     unused: tuple[str, ...] = ()
     constants: Mapping[str, float] = field(default_factory=dict)
 
@@ -80,6 +87,8 @@ class Outgoing:
     preprocess: Preprocess | None
     class_names: tuple[str, ...] | None
     posemb_resize: str
+    patch_resize: str
+    probabilities: str
 
     def replace(self, **changes: Any) -> "Outgoing":
         """The same with some attributes changed."""

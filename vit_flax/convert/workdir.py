@@ -47,13 +47,16 @@ def open_workdir(path: str) -> Source:
     tensors = {name: Tensor(name, w.shape, w.dtype, lambda w=w: w) for name, w in flat.items()}
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.config["model"].items()}
     height, width, channels = saved.preprocessing["image_shape"]
+    start = saved.config.get("init", {})  # completed: it has the ways of the family that the weights came from
     config = config_json(
         make_model(**fields).clone(scan=True),
         channels=channels,
         image_size=(height, width),
-        posemb_resize=saved.config.get("init", {}).get("posemb_resize") or "bicubic_antialias",
+        posemb_resize=start.get("posemb_resize", "bicubic_antialias"),
+        patch_resize=start.get("patch_resize", "bicubic_antialias"),
         preprocess=preprocess_of(saved.preprocessing),
         class_names=saved.class_names,
+        probabilities="sigmoid" if saved.config["loss"]["name"] == "sigmoid_xent" else "softmax",
     )
     return Source(path, tensors, config | {"evaluation": asdict(evaluation_of(saved.preprocessing))})
 
@@ -71,7 +74,9 @@ def evaluation_of(preprocessing: Mapping[str, Any]) -> Evaluation:
     """What the evaluation pictures of a run went through; the argument as of `preprocess_of`."""
     fixed = [op["size_px"] for op in preprocessing["transforms"] if op["op"] != "resize_small" and op.get("size_px")]
     size = _pair(fixed[-1]) if fixed else tuple(preprocessing["image_shape"][:2])  # without a resize, all have one size
-    return Evaluation(size, tuple(preprocessing["transforms"]), *(tuple(preprocessing[k]) for k in ("mean", "std")))
+    channels = preprocessing["image_shape"][2]
+    mean, std = (tuple(preprocessing[k]) * (channels if len(preprocessing[k]) == 1 else 1) for k in ("mean", "std"))
+    return Evaluation(size, tuple(preprocessing["transforms"]), mean, std)
 
 
 def preprocess_of(preprocessing: Mapping[str, Any]) -> Preprocess | None:
@@ -86,10 +91,9 @@ def preprocess_of(preprocessing: Mapping[str, Any]) -> Preprocess | None:
     crop = _crop(ops)
     if crop is None or how["filter"] not in ("bilinear", "bicubic") or not decode.get("apply_exif", True):
         return None
-    channels = preprocessing["image_shape"][2]
-    mean, std = (tuple(preprocessing[k]) * (channels if len(preprocessing[k]) == 1 else 1) for k in ("mean", "std"))
     kept = {name: how[name] for name in ("filter", "antialias")}
-    return Preprocess(evaluation_of(preprocessing).image_size, mean, std, **kept, **crop)
+    exact = evaluation_of(preprocessing)
+    return Preprocess(exact.image_size, exact.mean, exact.std, **kept, **crop)
 
 
 def _crop(ops: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

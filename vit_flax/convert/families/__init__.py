@@ -77,6 +77,8 @@ def find_family(source: Source, name: str | None) -> tuple[Family, Source]:
         raise ValueError(f"Unknown family {name!r}: expected one of {', '.join(FAMILIES)}.")
     spelled = {n: replace(source, tensors=family.spell(source.tensors)) for n, family in FAMILIES.items()}
     found = [n for n, family in FAMILIES.items() if family.matches(spelled[n])]
+    if not found:
+        _check_wrappers(source)
     if name is None:
         if len(found) != 1:
             raise _unclear(source, found)
@@ -92,6 +94,31 @@ def find_family(source: Source, name: str | None) -> tuple[Family, Source]:
             "the file, which seems to hold two models. Save one of them by itself."
         )
     return FAMILIES[name], spelled[name]
+
+
+# What training puts in front of every name: DataParallel, torch.compile, the attribute of a wrapper, a moving average.
+_WRAPPERS = re.compile(r"^((module|_orig_mod|model|net|backbone|student|teacher|ema|ema_model|model_ema)\.)+")
+
+
+def _check_wrappers(source: Source) -> None:
+    """Raises a ValueError where some family would know the names without a prefix that training left in front."""
+    known: dict[str, int] = {}
+    for prefix in sorted({m[0] for m in map(_WRAPPERS.match, source.tensors) if m}):
+        inner = {n.removeprefix(prefix): tensor for n, tensor in source.tensors.items() if n.startswith(prefix)}
+        if any(f.matches(replace(source, tensors=f.spell(inner))) for f in FAMILIES.values()):
+            known[prefix] = len(inner)
+    if known:
+        prefix = max(known, key=lambda prefix: known[prefix])
+        file = source.path if source.path.endswith(".safetensors") else "model.safetensors"
+        raise ValueError(
+            f"{source.path}: of its {len(source.tensors)} names, "
+            + " and ".join(f"{number} begin with {prefix!r}" for prefix, number in known.items())
+            + ", as the model was wrapped in training (module: DataParallel, _orig_mod: torch.compile, model: another "
+            "class, ema: a moving average). Save it again without that:\n"
+            f'  python -c "from safetensors.numpy import load_file, save_file; w = load_file({file!r}); save_file('
+            f"{{k.removeprefix({prefix!r}): v for k, v in w.items() if k.startswith({prefix!r})}}, "
+            "'unwrapped.safetensors')\""
+        )
 
 
 def _unclear(source: Source, found: list[str]) -> ValueError:

@@ -152,14 +152,23 @@ def read_class_names(source: Source, classes: int | None) -> tuple[str, ...] | N
     return None if names == _numbered(classes) else names
 
 
+def read_probabilities(source: Source) -> str:
+    """As the loss that config.json names; of classifiers without one, one class to a picture is the rule."""
+    return "sigmoid" if source.config.get("problem_type") == _SEVERAL_LABELS else "softmax"
+
+
+_SEVERAL_LABELS = "multi_label_classification"
+
+
 def _numbered(classes: int) -> tuple[str, ...]:
     return tuple(f"LABEL_{i}" for i in range(classes))
 
 
 def write_labels(out: Outgoing) -> dict[str, Any]:
-    """`id2label` and its inverse, which also say the size of the head: none for no head."""
+    """`id2label` and its inverse, which also say the size of the head (none for no head), and what is not the rule."""
     names = out.class_names or _numbered(out.model.num_classes or 0)
-    return {"id2label": {str(i): n for i, n in enumerate(names)}, "label2id": {n: i for i, n in enumerate(names)}}
+    labels = {"id2label": {str(i): n for i, n in enumerate(names)}, "label2id": {n: i for i, n in enumerate(names)}}
+    return labels | ({"problem_type": _SEVERAL_LABELS} if out.probabilities == "sigmoid" else {})
 
 
 def write_files(out: Outgoing, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -185,13 +194,19 @@ def read_preprocess(source: Source, patch_size: int | Sequence[int]) -> Preproce
             "the weights without it, and prepare the images as its library does."
         )
 
-    def on(switch: str) -> bool:
-        return bool(values.get(switch))
+    def on(switch: str, unless_said: bool = False) -> bool:
+        return bool(values.get(switch, unless_said))
 
     if not on("do_resize") or "size" not in values:
         raise unknown("resizes nothing")
     if values.get("resample") not in _FILTERS:
         raise unknown(f"has resample={values.get('resample')}")
+    # Without the switch, all classes rescale and normalise.
+    normalised = on("do_normalize", unless_said=True)
+    if not on("do_rescale", unless_said=True):
+        raise unknown("has do_rescale=false: it leaves open whether pixels go from 0 to 1 or to 255")
+    if normalised and not (values.get("image_mean") and values.get("image_std")):
+        raise unknown("has no image_mean and image_std")
     resized, keep_aspect = _read_size(values)
     target = resized
     if on("do_center_crop"):
@@ -203,14 +218,14 @@ def read_preprocess(source: Source, patch_size: int | Sequence[int]) -> Preproce
         raise unknown(f"pads {values['size']} to {values['crop_size']}")
     # 384 with patches of 14: the library's convolution never sees the last 6 pixels.
     rows, columns = (side // patch * patch for side, patch in zip(target, pair(patch_size), strict=True))
-    channels = len(values["image_mean"]) if on("do_normalize") else 3
+    channels = len(values["image_mean"]) if normalised else 3
     # Their pixels are multiplied by the factor before the mean goes off; ours by 1 / 255. Old files leave it out.
     scale = 255 * values["rescale_factor"] if "rescale_factor" in values else 1.0
     stretched = (rows, columns) == resized and not keep_aspect
     preprocess = Preprocess(
         image_size=(rows, columns),
-        mean=tuple(float(m) / scale for m in values["image_mean"]) if on("do_normalize") else (0.0,) * channels,
-        std=tuple(float(s) / scale for s in values["image_std"]) if on("do_normalize") else (1 / scale,) * channels,
+        mean=tuple(float(m) / scale for m in values["image_mean"]) if normalised else (0.0,) * channels,
+        std=tuple(float(s) / scale for s in values["image_std"]) if normalised else (1 / scale,) * channels,
         crop_fraction=None if stretched else rows / resized[0],
         keep_aspect=keep_aspect or stretched,
         filter=_FILTERS[values["resample"]],

@@ -14,6 +14,7 @@ from vit_flax.convert.families.huggingface import (
     read_fields,
     read_grid,
     read_preprocess,
+    read_probabilities,
     recognise,
     renaming,
     require_square,
@@ -110,6 +111,7 @@ def _describe_siglip(source: Source) -> Spec:
         patch_resize="bicubic_antialias",
         preprocess=read_preprocess(source, config["patch_size"]),
         class_names=read_class_names(source, classes),
+        probabilities=read_probabilities(source),
         unused=(*_TEXT_TOWER, r"position_ids$", *([r"^head\."] if pool == "gap" else [])),
     )
 

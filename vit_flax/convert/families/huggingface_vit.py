@@ -17,6 +17,7 @@ from vit_flax.convert.families.huggingface import (
     read_fields,
     read_grid,
     read_preprocess,
+    read_probabilities,
     recognise,
     renaming,
     require_square,
@@ -165,6 +166,7 @@ def _describe_vit(source: Source) -> Spec:
         patch_resize="bicubic_antialias",
         preprocess=read_preprocess(source, config["patch_size"]),
         class_names=read_class_names(source, classes),
+        probabilities=read_probabilities(source),
         # Decoders of masked image modelling; a pooler that the classifier does not go through.
         unused=(r"^embeddings\.mask_token$", r"^decoder\.", *([r"^pooler\."] if classes is not None else [])),
     )
@@ -193,6 +195,7 @@ def _describe_dinov2(source: Source) -> Spec:
         patch_resize="bicubic_antialias",
         preprocess=read_preprocess(source, config["patch_size"]),
         class_names=read_class_names(source, classes),
+        probabilities=read_probabilities(source),
         unused=(r"^embeddings\.mask_token$",),
     )
 

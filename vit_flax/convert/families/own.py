@@ -11,7 +11,7 @@ from vit_flax.convert.engine import parameter_shapes
 from vit_flax.convert.preprocess import Evaluation, Preprocess
 from vit_flax.convert.resample import Grid
 from vit_flax.convert.source import CONFIG, Source
-from vit_flax.convert.table import SAME, Family, Outgoing, Row, Spec
+from vit_flax.convert.table import PROBABILITIES, SAME, Family, Outgoing, Row, Spec
 from vit_flax.models import ViT
 
 
@@ -21,15 +21,20 @@ def _describe(source: Source) -> Spec:
     names, classes = config["class_names"], fields["num_classes"]
     if names and len(names) != classes:
         raise ValueError(f"{CONFIG} names {len(names)} classes and the head has {classes} outputs: fetch both anew.")
+    if config["probabilities"] not in PROBABILITIES:
+        raise ValueError(
+            f"{CONFIG} has probabilities={config['probabilities']!r}: expected one of {', '.join(PROBABILITIES)}."
+        )
     return Spec(
         fields=fields,
         channels=config["channels"],
         grid=tuple(config["grid"]) if "posemb/table" in source.tensors else None,
         posemb_resize=config["posemb_resize"],
-        patch_resize="bicubic_antialias",
+        patch_resize=config["patch_resize"],
         preprocess=Preprocess.from_dict(config["preprocess"]) if config["preprocess"] else None,
         evaluation=Evaluation.from_dict(config["evaluation"]) if "evaluation" in config else None,
         class_names=tuple(names) if names else None,
+        probabilities=config["probabilities"],
     )
 
 
@@ -44,8 +49,10 @@ def config_json(
     channels: int,
     image_size: Grid,
     posemb_resize: str,
+    patch_resize: str,
     preprocess: Preprocess | None,
     class_names: Sequence[str] | None,
+    probabilities: str,
 ) -> dict[str, Any]:
     """The contents of config.json in our own format."""
     ph, pw = (model.patch_size,) * 2 if isinstance(model.patch_size, int) else model.patch_size
@@ -56,8 +63,10 @@ def config_json(
         "channels": channels,
         "grid": [image_size[0] // ph, image_size[1] // pw],
         "posemb_resize": posemb_resize,
+        "patch_resize": patch_resize,
         "preprocess": preprocess.to_dict() if preprocess else None,
         "class_names": class_names,
+        "probabilities": probabilities,
     }
     return json.loads(json.dumps(content))
 
@@ -68,8 +77,10 @@ def _config(out: Outgoing) -> dict[str, dict[str, Any]]:
         channels=out.channels,
         image_size=out.image_size,
         posemb_resize=out.posemb_resize,
+        patch_resize=out.patch_resize,
         preprocess=out.preprocess,
         class_names=out.class_names,
+        probabilities=out.probabilities,
     )
     return {CONFIG: content}
 

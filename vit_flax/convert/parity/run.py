@@ -76,12 +76,14 @@ def parity(arguments: argparse.Namespace) -> int:
     """The command `--parity`; returns its exit status: 0 all agree, 1 some do not."""
     if arguments.write and arguments.only:
         raise ValueError("--write replaces the whole table: leave --only out.")
+    cases = [case for case in all_cases() if re.search(arguments.only or "", f"{case.family} {case.name}")]
+    if not cases:
+        names = "\n  ".join(dict.fromkeys(f"{case.family} {case.name}" for case in all_cases()))
+        raise ValueError(f"--only {arguments.only!r} matches none of the cases, which are\n  {names}")
     photograph = _photograph(arguments.image)
     results, failed, broken, absent = [], [], [], []
     print("\n".join(HEADER))
-    for case in all_cases():
-        if arguments.only and not re.search(arguments.only, f"{case.family} {case.name}"):
-            continue
+    for case in cases:
         if case.reference_version() is None:
             absent.append(case)
             continue
