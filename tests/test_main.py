@@ -46,10 +46,14 @@ def test_dry_run_prints_everything_and_writes_nothing(tmp_path):
 
 def test_options_that_the_file_leaves_at_their_defaults_are_flags_too():
     given = ("run.accumulate_steps=2", "checkpoint.best_mode=min", "optim.freeze=['block_0/.*']", "run.log_layer_norms")
+    given += ("run.total_epochs=2", "run.data_seed=3", "checkpoint.best_metric=None")
     done = launch("--config", "tests/configs/tiny.py", "--mode=dry_run", *(f"--config.{option}" for option in given))
     assert done.returncode == 0, done.stderr
     for line in ('"accumulate_steps": 2', '"best_mode": "min"', '"block_0/.*"', '"log_layer_norms": true', " frozen"):
         assert line in done.stdout
+    for line in ('"total_epochs": 2', '"data_seed": 3', '"best_metric": null'):
+        assert line in done.stdout
+    assert "total_steps" not in done.stdout  # of the file
 
 
 @pytest.mark.parametrize(
@@ -76,17 +80,10 @@ def test_mistakes_get_one_screen_and_no_traceback(arguments, message, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_config_that_raises_is_told_in_two_lines():
-    done = launch("--config", "configs/vit_from_scratch_512.py:nope", "--mode=dry_run")
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("ValueError: unknown argument 'nope': write nothing")
-    assert "Traceback" not in done.stderr
-
-
 def test_a_config_that_is_not_there():
     done = launch("--config", "configs/nope.py", "--workdir", "x")
-    assert done.returncode == 2
-    assert "configs/nope.py" in done.stderr
+    assert done.returncode == 1
+    assert "there is no config file configs/nope.py" in done.stderr
     assert "Traceback" not in done.stderr
 
 
