@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vit_flax.checksums import differences
+from vit_flax.checksums import differences, rows_of
 from vit_flax.config import Config, ConfigError, flatten, plain
 from vit_flax.files import write_atomically
 
@@ -173,10 +173,9 @@ def check(workdir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
     """
     record = _read(workdir)
     if record is not None and (changed := _changed(record, config)):
-        rows = [f"  {key}: there {theirs!r}, here {ours!r}" for key, (theirs, ours) in changed.items()]
         raise ConfigError(
             f"{workdir} holds another experiment; these keys differ:\n"
-            + "\n".join(rows)
+            + rows_of(changed, "there", "here")
             + "\nChoose another --workdir, or run the config that is there. Nothing was changed."
         )
     return record
