@@ -53,6 +53,8 @@ def given(tmp_path, monkeypatch):
         (["log=None"], {"log": None}),
         (["log=false"], {"log": False}),
         (["ops=[]"], {"ops": []}),
+        (["ops=None"], {"ops": None}),
+        (["run={'seed': 1}"], {"run": {"seed": 1}}),
         (["run.total_steps=9"], {"run": {"total_steps": 9, "warmup_steps": 5}}),
         (["run.warmup_epochs=1", "run.total_epochs=2"], {"run": {"total_epochs": 2.0, "warmup_epochs": 1}}),
         (
@@ -90,6 +92,24 @@ def test_config_files_that_are_wrong(given, capsys, text, message, flag):
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("seed=one", "a whole number"),
+        ("seed=1.5", "a whole number"),
+        ("run.total_epochs=all", "a number"),
+        ("log=often", "true or false"),
+        ("mean=1 2", "values with commas between them"),
+        ("ops=flip", "a list"),
+        ("run=fast", "a section"),
+    ],
+)
+def test_values_of_another_type(given, capsys, value, expected):
+    with pytest.raises(SystemExit):
+        given(FILE, "--config", "config.py", f"--config.{value}")
+    assert f"flag --config.{value}: expected {expected}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--config.seed=1"], ["--config="]])

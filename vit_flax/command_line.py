@@ -4,10 +4,11 @@ import ast
 import difflib
 import os
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags.tuple_parser import TupleParser
 
 from vit_flax.config import ConfigError, flatten, load_config, plain, raised_in, replace_durations
@@ -19,7 +20,7 @@ def parse_flags(argv: list[str], code: int = 1) -> list[str]:
     None may be given for any key of the config, and any value for one that is None in the file.
     """
     for kind, parser in _PARSERS.items():
-        config_flags.register_flag_parser_for_type(kind, _OrNone(parser))
+        config_flags.register_flag_parser_for_type(kind, parser)
     try:
         rest = flags.FLAGS(argv)
         given_config()
@@ -35,7 +36,7 @@ def given_config() -> dict[str, Any] | None:
 
     A duration that the command line gives in another unit than the file replaces the one of the file.
     """
-    flag = flags.FLAGS["config"]
+    flag: Any = flags.FLAGS["config"]
     if not flag.present:
         return None
     return replace_durations(plain(flag.value), config_flags.get_override_values(flag))
@@ -47,34 +48,57 @@ def stop(message: str, code: int = 1) -> NoReturn:
     sys.exit(code)
 
 
-class _Literal(flags.ArgumentParser):
-    """Of a key whose type the file does not tell: a Python literal, else a text."""
+class _Value(flags.ArgumentParser):
+    """Reads a value of the config: None, or one of the type that the file has there.
+
+    Args:
+      parse: reads a text; takes a value of the type as it is. Raises ValueError or TypeError.
+      expected: what it reads, in words.
+    """
+
+    def __init__(self, parse: Callable[[Any], Any], expected: str):
+        self._parse, self._expected = parse, expected
 
     def parse(self, argument: Any) -> Any:
+        if argument is None or argument == "None":
+            return None
         try:
-            return ast.literal_eval(argument.capitalize() if argument in ("true", "false") else argument)
-        except (SyntaxError, ValueError):
-            return argument
+            return self._parse(argument)
+        except (TypeError, ValueError):
+            raise ValueError(f"expected {self._expected}, as in the file, or None") from None
 
 
-class _OrNone(flags.ArgumentParser):
-    """What a parser takes, and None."""
+def _literal(argument: str) -> Any:
+    """A literal of Python, else the text itself: where the file does not tell the type."""
+    try:
+        return ast.literal_eval(argument.capitalize() if argument in ("true", "false") else argument)
+    except (SyntaxError, ValueError):
+        return argument
 
-    def __init__(self, parser: flags.ArgumentParser):
-        self._parser = parser
 
-    def parse(self, argument: Any) -> Any:
-        return None if argument in ("None", None) else self._parser.parse(argument)
+def _list(argument: Any) -> list[Any]:
+    value = _literal(argument) if isinstance(argument, str) else argument
+    if not isinstance(value, list | tuple):
+        raise ValueError
+    return list(value)
+
+
+def _section(argument: Any) -> ConfigDict:
+    value = _literal(argument) if isinstance(argument, str) else argument
+    if not isinstance(value, dict | ConfigDict):
+        raise ValueError
+    return ConfigDict(plain(value))
 
 
 _PARSERS = {
-    bool: flags.BooleanParser(),
-    int: flags.IntegerParser(),
-    float: flags.FloatParser(),
-    str: flags.ArgumentParser(),
-    tuple: TupleParser(),
-    list: _Literal(),
-    type(None): _Literal(),
+    bool: _Value(flags.BooleanParser().parse, "true or false"),
+    int: _Value(flags.IntegerParser().parse, "a whole number"),
+    float: _Value(flags.FloatParser().parse, "a number"),
+    str: _Value(str, "a text"),
+    tuple: _Value(TupleParser().parse, "values with commas between them"),
+    list: _Value(_list, "a list, such as \"['a', 'b']\""),
+    ConfigDict: _Value(_section, "a section, such as \"{'name': 'digits'}\""),
+    type(None): _Value(_literal, "a value"),
 }
 
 
@@ -88,6 +112,8 @@ def _explain(argv: list[str], error: Exception) -> str:
         return f"there is no config file {file}: expected --config FILE.py, or FILE.py:ARGUMENT."
     if found := raised_in(file, error):
         return found
+    if isinstance(error, flags.UnrecognizedFlagError):
+        return f"{error}\nA key of the config is changed by --config.SECTION.KEY=VALUE; --help lists the other flags."
     if isinstance(error, flags.Error):
         message, _, trace = str(error).partition("Traceback")  # of a get_config that was called with a wrong argument
         return "".join([message.strip(), *(f"\n{line}" for line in trace.strip().splitlines()[-1:])])

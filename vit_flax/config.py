@@ -95,13 +95,23 @@ def raised_in(file: str, error: BaseException | None) -> str | None:
     return None
 
 
-def check_names(where: str, given: Iterable[str], known: Iterable[str], required: Iterable[str] = ()) -> None:
-    """Raises a ConfigError that lists the names that are unknown, each with the nearest known one, or missing."""
+def check_names(
+    where: str, given: Iterable[str], known: Iterable[str], required: Iterable[str] = (), elsewhere: Iterable[str] = ()
+) -> None:
+    """Raises a ConfigError that lists the names that are unknown, each with the nearest known one, or missing.
+
+    Args:
+      where: what the names begin with, such as "optim.".
+      given: the names.
+      known: those that there are.
+      required: those that must be given.
+      elsewhere: dotted keys; one whose last part is an unknown name is the nearest.
+    """
     given, known = list(given), list(known)
     problems = []
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+            near = [key for key in elsewhere if key.endswith(f".{name}")] or difflib.get_close_matches(name, known, n=1)
             problems.append(f"unknown key {where}{name}" + (f": did you mean {where}{near[0]}?" if near else ""))
     problems += [f"missing key {where}{name}" for name in required if name not in given]
     if problems:

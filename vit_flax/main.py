@@ -60,7 +60,10 @@ def main(argv: list[str]) -> None:
     """Runs one mode; what the user can put right ends with a message and exit code 2, without a traceback."""
     exit_on_signals()
     if len(argv) > 1:
-        stop(f"unexpected argument {argv[1]!r}: options start with --config, --workdir or --mode.")
+        stop(
+            f"unexpected argument {argv[1]!r}: options start with --config, --workdir or --mode, and the argument of a "
+            "config follows a colon, --config FILE.py:ARGUMENT."
+        )
     config = given_config()
     if config is None:
         stop("--config is needed, such as --config configs/digits.py.")

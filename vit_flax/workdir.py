@@ -149,7 +149,9 @@ def _warn_of_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     measured = [{k: v for k, v in flatten(record["config"]).items() if k in EVALUATED} for record in (before, now)]
     found = {
         "other software (%s): from here on its numbers may differ.": differences(before["versions"], now["versions"]),
-        "another evaluation (%s): figures from before and from now on cannot be compared.": differences(*measured),
+        "another evaluation (%s): figures from before and from now on cannot be compared.": differences(
+            measured[0], measured[1]
+        ),
     }
     for message, changed in found.items():
         if changed:
