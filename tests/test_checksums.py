@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vit_flax.checksums import by_path, checksums, differences, shapes
+from vit_flax.checksums import by_path, checksums, differences, rows_of, shapes
 
 
 def one(array) -> int:
@@ -63,3 +63,17 @@ def test_names_and_differences():
     assert list(by_path(tree)) == ["a/b", "c/0", "c/1"]
     assert shapes(tree)["a/b"] == [[2, 3], "bfloat16"]
     assert differences({"x": 1, "y": 2}, {"y": 3, "z": 4}) == {"x": (1, "absent"), "y": (2, 3), "z": ("absent", 4)}
+
+
+def test_differences_of_nested_and_long_values():
+    """The key of the data that differs is named, and what differs of a thousand class names."""
+    there = {"data": {"train": {"class_names": [f"class {i}" for i in range(1000)], "digest": "a"}, "kept": 1}}
+    names = [*there["data"]["train"]["class_names"]]
+    names[500] = "dog"
+    diff = differences(there, {"data": {"train": {"class_names": names, "digest": "b"}, "kept": 1}})
+    assert diff.keys() == {"data.train.class_names", "data.train.digest"}
+    long, short = rows_of(diff, "there", "here").splitlines()
+    assert "ss 499', 'class 500'" in long
+    assert "ss 499', 'dog', " in long
+    assert len(long) < 300
+    assert short == "  data.train.digest: there 'a', here 'b'"

@@ -271,6 +271,7 @@ def test_table_without_splits(tmp_path):
         ([("path", "label", "split"), ("x/0.jpg", "a", "fit")], ValueError, "no split 'train'.*fit"),
         ([("path", "label"), ("x/7.jpg", "a"), ("y/8.jpg", "a")], FileNotFoundError, "2 files .*x/7.jpg, y/8.jpg"),
         ([("path", "label", "split"), ("x/0.jpg", "a", "train"), ("x/1.jpg", "b", "val")], ValueError, "'train': b"),
+        ([("path", "label"), ("x/0.jpg", "a"), ("x/1.jpg", "a ")], ValueError, "have the label 'a'. With one class"),
     ],
 )
 def test_bad_tables(tmp_path, rows, error, message):
@@ -280,15 +281,16 @@ def test_bad_tables(tmp_path, rows, error, message):
 
 
 def test_blanks_in_a_table_do_not_count(tmp_path):
-    fill(tmp_path, ["x"])
+    fill(tmp_path, ["x"], 4)
     rows = [
         ("path", "label", "split"),
         ("x/0.jpg", "cat", "train"),
         ("x/1.jpg", "cat ", " train"),
-        ("x/2.jpg", "cat", "val"),
+        ("x/2.jpg", "dog", "train"),
+        ("x/3.jpg", "cat", "val"),
     ]
     source = Folder(csv=write_table(tmp_path / "labels.csv", rows), split="train")
-    assert (source.class_names, len(source)) == (("cat",), 2)
+    assert (source.class_names, len(source)) == (("cat", "dog"), 3)
 
 
 def test_a_table_in_another_encoding_is_named(tmp_path):
@@ -300,7 +302,7 @@ def test_a_table_in_another_encoding_is_named(tmp_path):
 
 def test_a_picture_in_two_splits_of_a_table_is_named(tmp_path, caplog):
     fill(tmp_path, ["x"])
-    rows = [("path", "label", "split"), ("x/0.jpg", "a", "train"), ("x/1.jpg", "a", "train"), ("./x/1.jpg", "a", "val")]
+    rows = [("path", "label", "split"), ("x/0.jpg", "b", "train"), ("x/1.jpg", "a", "train"), ("./x/1.jpg", "a", "val")]
     Folder(csv=write_table(tmp_path / "labels.csv", rows), split="train")
     assert "1 pictures are in more than one split: x/1.jpg" in caplog.text
 
@@ -308,7 +310,7 @@ def test_a_picture_in_two_splits_of_a_table_is_named(tmp_path, caplog):
 def test_a_picture_in_two_spellings_is_one_picture(tmp_path, caplog):
     fill(tmp_path, ["x"], 60)
     spellings = [form.format(i) for i in range(60) for form in ("x/{}.jpg", "./x/{}.jpg", "x/../x//{}.jpg")]
-    table = write_table(tmp_path / "labels.csv", [("path", "label"), *((path, "a") for path in spellings)])
+    table = write_table(tmp_path / "labels.csv", [("path", "label"), *((path, path[-5]) for path in spellings)])
     train, val, whole = (paths_of(Folder(csv=table, split=split)) for split in ("train", "val", "all"))
     assert (len(whole), len(set(whole))) == (60, 60)
     assert not set(train) & set(val)

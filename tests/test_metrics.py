@@ -169,6 +169,17 @@ def test_average_precision_treats_equal_scores_as_one_threshold():
     np.testing.assert_allclose(average_precision(scores[reordered], labels[reordered]), want, rtol=1e-12)
 
 
+@pytest.mark.parametrize("rubbish", [np.nan, np.inf, -np.inf])
+def test_scores_that_are_not_finite_find_nothing(rubbish):
+    rng = np.random.default_rng(2)
+    scores, labels = rng.normal(size=(50, 3)), rng.random((50, 3)) < 0.4
+    bad = rng.random((50, 3)) < 0.3
+    want = []
+    for y, score, left in zip(labels.T, scores.T, ~bad.T):
+        want.append(average_precision_score(y[left], score[left]) * y[left].sum() / y.sum())
+    np.testing.assert_allclose(average_precision(np.where(bad, rubbish, scores), labels), want, rtol=1e-12)
+
+
 def test_no_class_with_positives_has_no_average_precision():
     sums = multilabel_batch_sums(jnp.zeros((2, 3)), jnp.zeros((2, 3), jnp.int32), jnp.ones(2, bool))
     assert np.isnan(summarise_multilabel(add_sums(None, sums))[0]["mean_average_precision"])

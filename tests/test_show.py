@@ -108,7 +108,7 @@ def test_command(tmp_path):
         (["--config=configs/nope.py"], "configs/nope.py"),
         (["--config=tests/configs/tiny.py", "--step=x"], "flag --step=x"),
         (["--config=tests/configs/tiny.py", "--steps=1"], "Unknown command line flag 'steps'"),
-        (["--config=tests/configs/tiny.py", "--config.model.width=wide"], "invalid literal for int()"),
+        (["--config=tests/configs/tiny.py", "--config.model.width=wide"], "expected a whole number, as in the file"),
     ],
 )
 def test_mistakes_on_the_command_line_end_with_a_message(tmp_path, words, message):

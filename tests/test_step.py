@@ -74,6 +74,13 @@ def test_a_batch_of_padding_changes_nothing(parts):
     assert (metrics["loss"], metrics["top1"], metrics["skipped"]) == (0.0, 0.0, 0)
 
 
+@pytest.mark.parametrize("size", [np.nan, np.inf])
+def test_logits_that_are_not_finite_are_no_hit(size):
+    """As in evaluations: a dead model does not score as one that always says class 0."""
+    _, _, metrics = take_step(np.ones(B, bool), size=size)
+    assert (metrics["top1"], metrics["skipped"]) == (0.0, 1)
+
+
 def test_many_parts_of_bfloat16_are_summed_in_float32():
     mask = np.ones(256, bool)
     # The norm is that of the gradients as they are, before the optimiser rounds its update.

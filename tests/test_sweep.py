@@ -61,6 +61,8 @@ def test_names_say_what_varies():
         ([{"optim.lr": "high"}], "high"),
         ([{"run.seed": 1}, {"run.seed": 2}, {"run.seed": 1}], "points 0 and 2 are the same"),
         ([], "no points"),
+        ([{"run.seed": 0}, ["optim.lr", 1e-3]], r"point 1: expected dotted keys and values, .* found \['optim\.lr'"),
+        ([{1: 2}], r"point 0: expected dotted keys and values, .* found {1: 2}"),
     ],
 )
 def test_bad_sweeps(overrides, message):
@@ -81,6 +83,15 @@ def test_keys_that_the_base_leaves_at_their_defaults(tmp_path):
     rows = results.collect(tmp_path, sweep)
     assert [row.values["optim.b1"] for row in rows] == ["default", 0.8, 0.7]
     assert suggested(sweep.base, {"optim.b1": 0.8}, 0, where="trial 0").name == "b1=0.8"
+
+
+def test_a_duration_in_another_unit_replaces_that_of_the_base():
+    sweep = make([{"run.total_steps": 3}, {"run.total_epochs": 1.0, "evals.test.every_epochs": 1.0}])
+    assert [point.config["run"].keys() & {"total_steps", "total_epochs"} for point in sweep.points] == [
+        {"total_steps"},
+        {"total_epochs"},
+    ]
+    assert sweep.points[1].config["evals"]["test"].keys() == {"type", "every_epochs"}
 
 
 def test_keys_that_nobody_has_are_found_before_the_first_point_starts():
@@ -115,12 +126,28 @@ BASE = f"BASE = {str(ROOT / 'configs' / 'digits.py')!r}\n"
         (BASE + METRICS + SWEEP + SUGGEST, r"has both sweep\(\) and suggest\(trial\)"),
         (SWEEP, "has no BASE and no metrics"),
         *((BASE + SWEEP + f"def metrics(): return {names}", "at least one metric") for names in ("[]", "'test/top1'")),
+        (BASE + SWEEP + "metrics = ['test/top1']", r"metrics has to be a function, found \['test/top1'\]"),
+        (BASE + METRICS + "def sweep(): pass", r"sweep\(\) has to yield the points.* found None"),
+        (BASE + METRICS + "def sweep():\n    yield {}['x']", r"sweep\.py, line 4, raises\nKeyError: 'x'"),
+        ("BASE = 1 / 0", r"sweep\.py, line 1, raises\nZeroDivisionError"),
+        ("BASE = None\n" + METRICS + SWEEP, "BASE has to be a config file, .* found None"),
+        ("BASE = 'no.py'\n" + METRICS + SWEEP, r"no file no\.py \(a config\)"),
+        ("BASE = 'base.py'\n" + METRICS + SWEEP, r"base\.py has no get_config\(\)"),
+        ("BASE = 'base.py'\n" + METRICS + SWEEP + "# raises", r"base\.py, line 1, raises\nKeyError: 1"),
     ],
 )
-def test_bad_sweep_files(tmp_path, content, message):
-    (tmp_path / "sweep.py").write_text(content)
+def test_bad_sweep_files(tmp_path, monkeypatch, content, message):
+    monkeypatch.chdir(tmp_path)
+    Path("sweep.py").write_text(content)
+    Path("base.py").write_text("def get_config(): return {}[1]" if "# raises" in content else "get = 1")
     with pytest.raises(ConfigError, match=message):
-        load_sweep(tmp_path / "sweep.py")
+        load_sweep("sweep.py")
+
+
+def test_a_base_of_plain_dicts(tmp_path):
+    (tmp_path / "base.py").write_text("def get_config(): return {'optim': {'lr': 1.0}}")
+    (tmp_path / "sweep.py").write_text(f"BASE = {str(tmp_path / 'base.py')!r}\n" + METRICS + SWEEP)
+    assert load_sweep(tmp_path / "sweep.py").points[0].config == {"optim": {"lr": 1e-3}}
 
 
 @pytest.mark.parametrize(
@@ -135,6 +162,11 @@ def test_bad_sweep_files(tmp_path, content, message):
         (SWEEP, ["--search", "halving", "--halving_factor", "1"], "--halving_factor=1"),
         (SWEEP, ["--search", "halving", "--min_steps", "100000"], "--min_steps=100000: expected 1 to 824"),
         (SWEEP, ["--jobs", "0"], "--jobs=0"),
+        (SWEEP, ["--vmap", "--max_members", "-1"], "--max_members=-1: expected 1 or more"),
+        (SWEEP, ["--max_members", "2"], "--max_members is for --vmap"),
+        (SWEEP, ["--halving_factor", "1"], "--halving_factor=1"),
+        (SWEEP, ["--min_steps", "40"], "--min_steps is for --search halving"),
+        ("def suggest(trial): pass", ["--trials", "1"], "trial 0: expected dotted keys and values"),
         (SWEEP, ["--point", "1"], "--point=1"),
         (SUGGEST.replace("optim.lr", "optim.ler"), ["--trials", "3"], "did you mean optim.lr?"),
         (SUGGEST.replace("1e-4", "1"), ["--trials", "3"], "suggest(trial) for trial 0: ValueError"),
@@ -149,6 +181,14 @@ def test_bad_command_lines(tmp_path, monkeypatch, capsys, content, flags, messag
     assert command(monkeypatch, arguments) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("options", ["[1]", "gpus_per_node=1"])
+def test_launcher_options_are_a_json_object(options, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as end:
+        command(monkeypatch, ["--sweep", "sweep.py", "--launcher_options", options])
+    assert end.value.code == 2
+    assert f"expected a JSON object, such as '{{\"gpus_per_node\": 1}}', found '{options}'" in capsys.readouterr().err
 
 
 def test_a_file_in_place_of_the_folder_is_an_error_with_a_message(tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -204,7 +205,7 @@ def test_ctrl_c_in_a_terminal_saves_every_point_and_the_same_command_goes_on(tmp
 
 @pytest.mark.parametrize(("visible", "pairs"), [(None, {"0,1", "2,3"}), ("7,5,3,1", {"7,5", "3,1"})])
 def test_processes_at_once_have_gpus_of_their_own(visible, pairs, tmp_path, processes, monkeypatch):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    pretend_gpus(4, tmp_path, monkeypatch)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
 
@@ -239,3 +240,24 @@ def test_more_gpus_than_there_are(tmp_path, monkeypatch):
             ConfigError, match=f"2 jobs with gpus_per_node=2 need 4 GPUs, and CUDA_VISIBLE_DEVICES={visible}"
         ):
             start(make_points(1), tmp_path, jobs=2, gpus_per_node=2)
+    pretend_gpus(3, tmp_path, monkeypatch)
+    with pytest.raises(ConfigError, match="2 jobs with gpus_per_node=2 need 4 GPUs, and this machine has 3"):
+        start(make_points(1), tmp_path, jobs=2, gpus_per_node=2)
+
+
+def pretend_gpus(count, folder, monkeypatch):
+    """As on a machine with so many GPUs, the first of them cut in two, where CUDA_VISIBLE_DEVICES is not set."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    lines = "\n".join(["GPU 0: A (UUID: 0)", "  MIG 1g.5gb", "  MIG 1g.5gb"] + [f"GPU {i}: A" for i in range(1, count)])
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\ncat << END\n{lines}\nEND\n")
+    (folder / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"gpus_per_node": "2"}, "gpus_per_node='2', expected a number"), ({"foo": 1}, '{"foo": 1}: Parameter')],
+)
+def test_launcher_options_that_are_wrong(tmp_path, options, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        start(make_points(1), tmp_path, jobs=1, **options)

@@ -33,7 +33,7 @@ from vit_flax.checkpoint_record import (
     sealed,
     steps_in,
 )
-from vit_flax.checksums import by_path, checksums, differences, leaf_sums, shapes
+from vit_flax.checksums import by_path, checksums, differences, leaf_sums, rows_of, shapes
 from vit_flax.files import write_atomically
 from vit_flax.orbax_noise import quieten
 from vit_flax.retention import Keep
@@ -456,10 +456,9 @@ def _tree_of(leaves: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
 
 
 def _mismatch(path: Path, what: str, diff: Mapping[str, tuple[Any, Any]]) -> str:
-    rows = [f"  {key}: checkpoint {theirs!r}, now {ours!r}" for key, (theirs, ours) in diff.items()]
     return (
         f"Checkpoint {path.name} in {path.parent} belongs to another run; {len(diff)} differences in {what}:\n"
-        + "\n".join(rows)
+        + rows_of(diff, "checkpoint", "now")
         + "\nUse another --workdir, or the config that made it."
     )
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from vit_flax.typing import Array, PyTree
 
 ABSENT = "absent"
+MOST_CHARACTERS = 100  # of a value, in a message about differences
 
 
 @jax.jit
@@ -59,7 +60,41 @@ def shapes(tree: PyTree) -> dict[str, list]:
     return {path: [list(leaf.shape), str(leaf.dtype)] for path, leaf in by_path(tree).items()}
 
 
-def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Key -> (value in a, value in b), where they differ; what only one of them has is "absent" in the other."""
-    keys = sorted({*a, *b})
-    return {k: (a.get(k, ABSENT), b.get(k, ABSENT)) for k in keys if a.get(k, ABSENT) != b.get(k, ABSENT)}
+def differences(a: Mapping[str, Any], b: Mapping[str, Any], within: str = "") -> dict[str, tuple[Any, Any]]:
+    """Key -> (value in a, value in b), where they differ; what only one of them has is "absent" in the other.
+
+    Args:
+      a: values; where both have a dict, its keys are compared, with a dot after the one that leads to it.
+      b: the same.
+      within: what all keys begin with.
+    """
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in sorted({*a, *b}):
+        theirs, ours = a.get(key, ABSENT), b.get(key, ABSENT)
+        if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
+            found |= differences(theirs, ours, f"{within}{key}.")
+        elif theirs != ours:
+            found[within + key] = theirs, ours
+    return found
+
+
+def rows_of(diff: Mapping[str, tuple[Any, Any]], theirs: str, ours: str) -> str:
+    """Differences as text, one in a line; of long values the part where they first differ.
+
+    Args:
+      diff: see `differences`.
+      theirs: what to call the first value of each.
+      ours: and the second.
+    """
+    rows = []
+    for key, values in diff.items():
+        a, b = map(repr, values)
+        same = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), 0)
+        start = max(0, same - 20) if max(len(a), len(b)) > MOST_CHARACTERS else 0
+        rows.append(f"  {key}: {theirs} {_cut(a, start)}, {ours} {_cut(b, start)}")
+    return "\n".join(rows)
+
+
+def _cut(text: str, start: int) -> str:
+    end = start + MOST_CHARACTERS
+    return f"{'...' if start else ''}{text[start:end]}{'...' if end < len(text) else ''}"

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import runpy
+import traceback
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -47,13 +48,70 @@ def plain(config: Config) -> dict[str, Any]:
     return config.to_dict() if isinstance(config, ConfigDict) else dict(config)
 
 
-def check_names(where: str, given: Iterable[str], known: Iterable[str], required: Iterable[str] = ()) -> None:
-    """Raises a ConfigError that lists the names that are unknown, each with the nearest known one, or missing."""
+def load_config(name: str) -> ConfigDict:
+    """The config of a file, `file.py` or `file.py:argument`.
+
+    Raises: ConfigError: there is no such file; it has no get_config(), raises, or returns no config.
+    """
+    file, _, argument = name.partition(":")
+    get_config = run_file(file, "a config").get("get_config")
+    if not callable(get_config):
+        raise ConfigError(f"{file} has no get_config(): a config file is Python with a function that returns a config.")
+    with naming_lines(file):
+        config = get_config(argument) if argument else get_config()
+    if not isinstance(config, ConfigDict | Mapping):
+        raise ConfigError(f"get_config() of {file} returned {config!r}: expected a ConfigDict.")
+    return ConfigDict(plain(config))
+
+
+def run_file(file: str, what: str) -> dict[str, Any]:
+    """The names that a Python file of the user defines. Raises: ConfigError: it is not there, or raises."""
+    if not os.path.isfile(file):
+        raise ConfigError(f"There is no file {file} ({what}). Run from the root of the project, or give its path.")
+    with naming_lines(file):
+        return runpy.run_path(file)
+
+
+@contextlib.contextmanager
+def naming_lines(file: str) -> Iterator[None]:
+    """Turns whatever a file of the user raises into a ConfigError that names the line."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(raised_in(file, error) or f"{file}: {type(error).__name__}: {error}") from error
+
+
+def raised_in(file: str, error: BaseException | None) -> str | None:
+    """The line of a file at which an error, or the one behind it, was raised, and that error; None if there is none."""
+    while error is not None:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        if isinstance(error, SyntaxError) and error.filename == file:
+            lines = [error.lineno]
+        if lines:
+            return f"{file}, line {lines[-1]}, raises\n{traceback.format_exception_only(error)[-1].strip()}"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def check_names(
+    where: str, given: Iterable[str], known: Iterable[str], required: Iterable[str] = (), elsewhere: Iterable[str] = ()
+) -> None:
+    """Raises a ConfigError that lists the names that are unknown, each with the nearest known one, or missing.
+
+    Args:
+      where: what the names begin with, such as "optim.".
+      given: the names.
+      known: those that there are.
+      required: those that must be given.
+      elsewhere: dotted keys; one whose last part is an unknown name is the nearest.
+    """
     given, known = list(given), list(known)
     problems = []
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+            near = [key for key in elsewhere if key.endswith(f".{name}")] or difflib.get_close_matches(name, known, n=1)
             problems.append(f"unknown key {where}{name}" + (f": did you mean {where}{near[0]}?" if near else ""))
     problems += [f"missing key {where}{name}" for name in required if name not in given]
     if problems:
@@ -219,6 +277,26 @@ def in_steps(name: str, section: Mapping[str, Any], steps_per_epoch: float) -> d
     return out
 
 
+def replace_durations(config: Mapping[str, Any], given: Iterable[str]) -> dict[str, Any]:
+    """The config without the durations that are given in another unit: `run.total_steps` replaces `run.total_epochs`.
+
+    Args:
+      config: nested dicts, with what is given in them.
+      given: the dotted keys that a command line or a point of a sweep overrides.
+    """
+    units, given = ("_epochs", "_steps", "_secs"), set(given)
+    replaced = {key.rpartition("_")[0] + unit for key in given if key.endswith(units) for unit in units} - given
+
+    def kept(section: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        return {
+            key: kept(value, f"{prefix}{key}.") if isinstance(value, Mapping) else value
+            for key, value in section.items()
+            if f"{prefix}{key}" not in replaced
+        }
+
+    return kept(config, "")
+
+
 def hparams_of(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """The values of `HPARAMS` that are set and not zero; what is off is absent, and costs nothing."""
     values = {}
@@ -251,29 +329,3 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
     return flat
-
-
-def explain_overrides(argv: list[str], error: str) -> str:
-    """What is wrong with the overrides of a command line, given that ml_collections could not apply them.
-
-    Args:
-      argv: the command line, with --config FILE and --config.KEY=VALUE in it.
-      error: what ml_collections said.
-    """
-    file = re.search(r"--config[= ]([^ :]+):?([^ ]*)", " ".join(argv))
-    get_config = runpy.run_path(file[1])["get_config"] if file and os.path.isfile(file[1]) else None
-    if get_config is None:
-        return f"the config cannot be loaded: {error}"
-    known = flatten(plain(get_config(file[2]) if file and file[2] else get_config()))
-    for argument in argv[1:]:
-        key = argument.removeprefix("--config.").partition("=")[0]
-        if argument.startswith("--config.") and key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            section = [name for name in known if name.startswith(key.partition(".")[0] + ".")]
-            return (
-                f"the config has no key {key!r}."
-                + (f" Did you mean {near[0]}?" if near else "")
-                + f"\nThere are: {', '.join(section or known)}."
-                + "\nA section that the file leaves out is given whole, such as --config.sinks=\"{'csv': {}}\"."
-            )
-    return f"the config cannot be loaded: {error}"

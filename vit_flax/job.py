@@ -434,7 +434,8 @@ def build(
         raise ConfigError(f"{stop_after=}: expected the number of a step, from 1 on, or None for the whole run.")
     written = plain(config)
     config = {"mesh": DEFAULT_MESH} | plain(completed or config)
-    check_names("", config, SECTIONS, required=[name for name in SECTIONS if name not in OPTIONAL])
+    needed = [name for name in SECTIONS if name not in OPTIONAL]
+    check_names("", config, SECTIONS, required=needed, elsewhere=flatten(config))
     check_sections(config)
     with named("init"):
         start = _make_start(config)

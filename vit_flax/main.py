@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
-from vit_flax.command_line import parse_flags, stop
+from vit_flax.command_line import given_config, parse_flags, stop
 from vit_flax.config import ConfigError
 from vit_flax.signals import exit_on_signals
 
 # Keys that the file leaves at their defaults may be given as flags; `build` knows which keys there are.
-_CONFIG = config_flags.DEFINE_config_file(
+config_flags.DEFINE_config_file(
     "config",
     None,
     "The experiment: a Python file with get_config(), or FILE:ARGUMENT.",
@@ -60,11 +60,11 @@ def main(argv: list[str]) -> None:
     """Runs one mode; what the user can put right ends with a message and exit code 2, without a traceback."""
     exit_on_signals()
     if len(argv) > 1:
-        stop(f"unexpected argument {argv[1]!r}: options start with --config, --workdir or --mode.")
-    try:
-        config = _CONFIG.value
-    except OSError as error:
-        stop(str(error))
+        stop(
+            f"unexpected argument {argv[1]!r}: options start with --config, --workdir or --mode, and the argument of a "
+            "config follows a colon, --config FILE.py:ARGUMENT."
+        )
+    config = given_config()
     if config is None:
         stop("--config is needed, such as --config configs/digits.py.")
     if _MODE.value != "dry_run" and not _WORKDIR.value:
@@ -101,7 +101,7 @@ def _without_waiting_for_failed_saves() -> Iterator[None]:
         sys.exit(code)
 
 
-def _run(config: ConfigDict) -> None:
+def _run(config: dict[str, Any]) -> None:
     """Sets JAX up, then starts the mode."""
     import jax
 

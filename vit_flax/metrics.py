@@ -144,17 +144,19 @@ def average_precision(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Sum of (R_i - R_i-1) P_i over the distinct scores, per class; NaN for a class without positives.
 
     Args:
-        scores: [n, v]; only their order within a class counts.
+        scores: [n, v]; only their order within a class counts. One that is not finite finds nothing.
         labels: [n, v], true where the class is present.
     """
+    labels, usable = labels.astype(bool), np.isfinite(scores)
+    positives = labels.sum(axis=0)
+    scores, labels = np.where(usable, scores, -np.inf), labels & usable
     order = np.argsort(-scores, axis=0, kind="stable")
-    scores, labels = np.take_along_axis(scores, order, 0), np.take_along_axis(labels.astype(bool), order, 0)
+    scores, labels = np.take_along_axis(scores, order, 0), np.take_along_axis(labels, order, 0)
     hits = np.cumsum(labels, axis=0)
     precision = hits / np.arange(1, len(scores) + 1)[:, None]
     # A score shared by several examples is one threshold: its precision is the one at the last of them.
     last = np.concatenate([scores[1:] != scores[:-1], np.ones_like(labels[:1])])
     previous = np.maximum.accumulate(np.where(last, hits, 0), axis=0)
     gained = hits - np.concatenate([np.zeros_like(hits[:1]), previous[:-1]])
-    positives = hits[-1]
     area = np.sum(np.where(last, gained * precision, 0.0), axis=0)
     return np.where(positives > 0, area / np.maximum(positives, 1), np.nan)

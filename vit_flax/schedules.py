@@ -115,7 +115,7 @@ def _check(schedule, cooldown_shape, total_steps, *durations) -> None:
     if min(known, default=0) < 0 or sum(known) > total_steps:
         raise ValueError(
             f"warmup_steps, end_steps and cooldown_steps, found {known}, must not be negative and must fit into "
-            f"{total_steps=}; shorten them or train longer."
+            f"{total_steps=}; shorten them (a config may give them in epochs, warmup_epochs) or train longer."
         )
 
 

@@ -205,13 +205,15 @@ def classification(
       loss: `(logits, targets, mask, hparams=) -> mean loss`.
       num_classes: v.
 
-    Returns: the loss, and the top-1 accuracy on the (augmented) batch: over what the mask keeps, 0 where that is none.
+    Returns: the loss, and the top-1 accuracy on the (augmented) batch: over what the mask keeps, 0 where that is none;
+      logits that are not finite are no hit.
     """
     augment_key, dropout_key = jax.random.split(key)
     labels = batch["label"]
     targets = labels.astype(jnp.float32) if labels.ndim == 2 else jax.nn.one_hot(labels, num_classes)
     images, targets = augment(augment_key, batch["image"], targets, hparams=hparams)
     logits, _ = apply({"params": params}, images, train=True, rngs={"dropout": dropout_key}, hparams=hparams)
-    hits = (jnp.argmax(logits, -1) == jnp.argmax(targets, -1)) & batch["mask"]
+    usable = jnp.isfinite(jnp.max(logits, -1))  # `argmax` takes the first NaN
+    hits = (jnp.argmax(logits, -1) == jnp.argmax(targets, -1)) & usable & batch["mask"]
     top1 = jnp.sum(hits).astype(jnp.float32) / jnp.maximum(jnp.sum(batch["mask"]), 1).astype(jnp.float32)
     return loss(logits, targets, batch["mask"], hparams=hparams), {"top1": top1}

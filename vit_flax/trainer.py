@@ -11,7 +11,7 @@ import jax
 from vit_flax import distributed, workdir
 from vit_flax.bad_steps import Diverged
 from vit_flax.checkpoint import CheckpointMismatch, Checkpoints, Restored, SaveFailed, load_params, read_newest
-from vit_flax.checksums import differences, shapes
+from vit_flax.checksums import differences, rows_of, shapes
 from vit_flax.config import Config, ConfigError
 from vit_flax.job import Job, build
 from vit_flax.optim import keeps_average
@@ -216,7 +216,7 @@ def _state_to_evaluate(job: Job, folder: Path) -> tuple[int, TrainState]:
         assert whole is not None  # `load_params` has found one
         return whole.step, whole.state
     if diff := differences(shapes(saved.params), shapes(target.params)):
-        rows = "\n".join(f"  {name}: checkpoint {theirs}, now {ours}" for name, (theirs, ours) in diff.items())
+        rows = rows_of(diff, "checkpoint", "now")
         raise CheckpointMismatch(f"Checkpoint {saved.step} in {folder} has other parameters than the model:\n{rows}")
     ema = load_params(folder, step=saved.step, ema=True).params if target.ema is not None else None
     places = jax.tree.map(lambda x: x.sharding, (target.params, target.ema))

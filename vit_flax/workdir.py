@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vit_flax.checksums import differences
+from vit_flax.checksums import differences, rows_of
 from vit_flax.config import Config, ConfigError, flatten, plain
 from vit_flax.files import write_atomically
 
@@ -149,7 +149,9 @@ def _warn_of_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     measured = [{k: v for k, v in flatten(record["config"]).items() if k in EVALUATED} for record in (before, now)]
     found = {
         "other software (%s): from here on its numbers may differ.": differences(before["versions"], now["versions"]),
-        "another evaluation (%s): figures from before and from now on cannot be compared.": differences(*measured),
+        "another evaluation (%s): figures from before and from now on cannot be compared.": differences(
+            measured[0], measured[1]
+        ),
     }
     for message, changed in found.items():
         if changed:
@@ -173,10 +175,9 @@ def check(workdir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
     """
     record = _read(workdir)
     if record is not None and (changed := _changed(record, config)):
-        rows = [f"  {key}: there {theirs!r}, here {ours!r}" for key, (theirs, ours) in changed.items()]
         raise ConfigError(
             f"{workdir} holds another experiment; these keys differ:\n"
-            + "\n".join(rows)
+            + rows_of(changed, "there", "here")
             + "\nChoose another --workdir, or run the config that is there. Nothing was changed."
         )
     return record

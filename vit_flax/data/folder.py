@@ -60,6 +60,11 @@ class Folder:
             self.class_names, pictures = _list_csv(
                 Path(csv).expanduser().absolute(), self.root, split, held_out_percent
             )
+            if len(self.class_names) == 1:
+                raise ValueError(
+                    f"all pictures of {csv} have the label {self.class_names[0]!r}. With one class there is nothing to "
+                    "learn: check the column label."
+                )
         # One array instead of a million strings: it goes to every worker process.
         self._paths = np.array([os.fsencode(path) for path, _ in pictures])
         self._labels = np.array([label for _, label in pictures], np.int32)

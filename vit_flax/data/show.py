@@ -16,7 +16,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 from PIL import Image, ImageDraw, ImageFont
 
-from vit_flax.command_line import parse_flags, stop
+from vit_flax.command_line import given_config, parse_flags, stop
 
 SMALL_PX, LARGE_PX = 96, 224  # small images are shown up to 96 px large, by a whole factor; large ones at 224
 
@@ -111,10 +111,11 @@ def main(argv: list[str]) -> None:
     """The command; what the user can put right ends with a message and exit code 2."""
     logging.set_verbosity(logging.WARNING)
     values = flags.FLAGS.flag_values_dict()
-    if len(argv) > 1 or values["config"] is None or values["out"] is None:
+    config = given_config()
+    if len(argv) > 1 or config is None or values["out"] is None:
         stop(f"expected --config FILE --out FILE.png, found {' '.join(sys.argv[1:]) or 'nothing'}", code=2)
     try:
-        lines = show(values["config"], values["out"], step=values["step"], max_images=values["max_images"])
+        lines = show(config, values["out"], step=values["step"], max_images=values["max_images"])
     except (ValueError, OSError) as error:
         stop(str(error), code=2)
     print(*lines, values["out"], sep="\n")

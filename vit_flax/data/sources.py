@@ -53,7 +53,7 @@ def make_source(*, name: str, split: str, **kwargs: Any) -> Source:
     """
     if name not in SOURCES:
         close = difflib.get_close_matches(name, SOURCES, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = f": did you mean {close[0]!r}?" if close else "."
         raise ValueError(f"unknown data source {name!r}{hint} Known: {', '.join(sorted(SOURCES))}")
     source = SOURCES[name](split=split, **kwargs)
     if not len(source):

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -52,9 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--vmap", action="store_true", help="trains points that differ in numbers only as one program")
     parser.add_argument("--max_members", type=int, help="of one such program; what fits in the memory of a GPU or TPU")
     parser.add_argument("--launcher", choices=run.LAUNCHERS, default="local")
-    parser.add_argument(
-        "--launcher_options", type=json.loads, default={}, help="JSON, such as '{\"gpus_per_node\": 1}'"
-    )
+    parser.add_argument("--launcher_options", type=_options, default={}, help="JSON, such as '{\"gpus_per_node\": 1}'")
     parser.add_argument("--point", type=int, help="runs that point alone, in this process (for any array scheduler)")
     parser.add_argument("--dry_run", action="store_true", help="checks and lists the points")
     search = parser.add_argument_group("searches")
@@ -66,10 +65,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _options(text: str) -> dict[str, Any]:
+    try:
+        options = json.loads(text)
+    except ValueError:
+        options = None
+    if not isinstance(options, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, such as '{{\"gpus_per_node\": 1}}', found {text!r}.")
+    return options
+
+
 def _check_arguments(sweep: Sweep, arguments: argparse.Namespace) -> None:
     """Raises ConfigError: flags that do not go together, or not with the sweep file."""
-    if arguments.jobs < 1:
-        raise ConfigError(f"--jobs={arguments.jobs}: expected 1 or more.")
+    for name, least in (("jobs", 1), ("max_members", 1), ("halving_factor", 2)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name}={value}: expected {least} or more.")
+    if arguments.max_members is not None and not arguments.vmap:
+        raise ConfigError("--max_members is for --vmap: other points train one in a process.")
+    if arguments.min_steps is not None and not arguments.search:
+        raise ConfigError("--min_steps is for --search halving: other points train to their end.")
     if sweep.suggest is None and arguments.trials is not None:
         raise ConfigError(
             f"--trials is for a search with Optuna, and {sweep.path} has sweep() in place of suggest(trial)."

@@ -15,14 +15,13 @@ import dataclasses
 import difflib
 import hashlib
 import re
-import runpy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from vit_flax.config import ConfigError, flatten
+from vit_flax.config import ConfigError, flatten, load_config, naming_lines, replace_durations, run_file
 
 DEFAULT = "default"  # stands for the value of a key that neither a point nor the base sets
 MAX_NAME = 200  # characters; file systems allow 255 in the name of a folder
@@ -74,12 +73,11 @@ class Sweep:
 def load_sweep(path: str | Path) -> Sweep:
     """Reads a sweep file and expands it.
 
-    Raises: ConfigError: the file or its base is not there or lacks a part; it has both `sweep` and `suggest`; a point
-      overrides a key of a section that the base does not have, or a key with a value of another type; two points are
-      the same.
+    Raises: ConfigError: the file or its base is not there, raises or lacks a part; it has both `sweep` and `suggest`;
+      a point is no mapping of dotted keys, overrides a key of a section that the base does not have, or a key with a
+      value of another type; two points are the same.
     """
-    path = Path(path)
-    module = _run(path, "the sweep")
+    module = run_file(str(path), "the sweep")
     missing = [name for name in ("BASE", "metrics") if name not in module]
     if not {"sweep", "suggest"} & set(module):
         missing.append("sweep")
@@ -93,37 +91,39 @@ def load_sweep(path: str | Path) -> Sweep:
             f"{path} has both sweep() and suggest(trial): keep sweep(), which lists the points, or suggest(trial), "
             "which lets Optuna choose them."
         )
-    metrics = module["metrics"]()
+    if wrong := [name for name in ("metrics", "sweep", "suggest") if not callable(module.get(name, callable))]:
+        raise ConfigError(f"{path}: {wrong[0]} has to be a function, found {module[wrong[0]]!r}.")
+    if not isinstance(module["BASE"], str):
+        raise ConfigError(
+            f'{path}: BASE has to be a config file, such as "configs/digits.py", found {module["BASE"]!r}.'
+        )
+    metrics = _result(path, module["metrics"])
     if not isinstance(metrics, list | tuple) or not metrics or not all(isinstance(name, str) for name in metrics):
         raise ConfigError(
             f'{path}: metrics() has to return a list of at least one metric, such as ["test/top1"], found {metrics!r}.'
         )
-    base = load_base(module["BASE"])
+    points = _result(path, module.get("sweep", tuple))
+    if not isinstance(points, Iterable):
+        raise ConfigError(f"{path}: sweep() has to yield the points, or to return a list of them, found {points!r}.")
+    base = load_config(module["BASE"]).lock()
     return Sweep(
-        path=path,
+        path=Path(path),
         doc=(module["__doc__"] or "").strip(),
         base=base,
-        points=expand(base, list(module["sweep"]()), where=str(path)) if "sweep" in module else (),
+        points=expand(base, points, where=str(path)) if "sweep" in module else (),
         metrics=tuple(metrics),
         suggest=module.get("suggest"),
     )
 
 
-def load_base(name: str) -> ConfigDict:
-    """The config `file.py` or `file.py:argument`, locked."""
-    file, _, argument = name.partition(":")
-    get_config = _run(Path(file), "BASE")["get_config"]
-    config = get_config(argument) if argument else get_config()
-    return config.lock()
+def _result(path: str | Path, function: Callable[[], Any]) -> Any:
+    """What a function of the sweep file returns; all that it yields, if it is a generator."""
+    with naming_lines(str(path)):
+        result = function()
+        return list(result) if isinstance(result, Iterator) else result
 
 
-def _run(path: Path, what: str) -> dict[str, Any]:
-    if not path.is_file():
-        raise ConfigError(f"There is no file {path} ({what}). Run from the root of the project, or give its path.")
-    return runpy.run_path(str(path))
-
-
-def expand(base: ConfigDict, overrides: Iterable[Mapping[str, Any]], *, where: str) -> tuple[Point, ...]:
+def expand(base: ConfigDict, overrides: Iterable[Any], *, where: str) -> tuple[Point, ...]:
     """Applies each point's overrides to the base and names the points by what varies between them.
 
     Args:
@@ -133,7 +133,7 @@ def expand(base: ConfigDict, overrides: Iterable[Mapping[str, Any]], *, where: s
 
     Raises: ConfigError: see `load_sweep`.
     """
-    all_overrides = [dict(point) for point in overrides]
+    all_overrides = list(overrides)
     if not all_overrides:
         raise ConfigError(f"{where}: the sweep has no points.")
     configs = [_override(base, point, f"{where}, point {i}") for i, point in enumerate(all_overrides)]
@@ -143,7 +143,7 @@ def expand(base: ConfigDict, overrides: Iterable[Mapping[str, Any]], *, where: s
         if name in seen:
             raise ConfigError(f"{where}: points {seen[name]} and {i} are the same experiment ({name}).")
         seen[name] = i
-    return tuple(Point(i, n, o, c) for i, (n, o, c) in enumerate(zip(names, all_overrides, configs)))
+    return tuple(Point(i, n, dict(o), c) for i, (n, o, c) in enumerate(zip(names, all_overrides, configs)))
 
 
 def varying(overrides: Sequence[Mapping[str, Any]], configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -154,7 +154,7 @@ def varying(overrides: Sequence[Mapping[str, Any]], configs: Sequence[Mapping[st
     return [{key: config.get(key, DEFAULT) for key in several} for config in flat]
 
 
-def suggested(base: ConfigDict, overrides: Mapping[str, Any], number: int, *, where: str) -> Point:
+def suggested(base: ConfigDict, overrides: Any, number: int, *, where: str) -> Point:
     """The point of one trial, named by what it has other than the base.
 
     Raises: ConfigError: see `load_sweep`.
@@ -165,10 +165,13 @@ def suggested(base: ConfigDict, overrides: Mapping[str, Any], number: int, *, wh
     return Point(number, point_name(values) if values else "base", dict(overrides), config)
 
 
-def _override(base: ConfigDict, overrides: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _override(base: ConfigDict, overrides: Any, where: str) -> dict[str, Any]:
     """The base with the overrides in it. A key of one of its sections that it leaves at its default may be one of them;
-    whether there is such a key is for `check` to say, which knows the signatures.
+    whether there is such a key is for `check` to say, which knows the signatures. A duration in another unit than the
+    base's replaces the one of the base.
     """
+    if not (isinstance(overrides, Mapping) and all(isinstance(key, str) for key in overrides)):
+        raise ConfigError(f'{where}: expected dotted keys and values, {{"optim.lr": 1e-3}}, found {overrides!r}.')
     config = ConfigDict(base.to_dict())
     known = flatten(base.to_dict())
     added = {}
@@ -195,7 +198,7 @@ def _override(base: ConfigDict, overrides: Mapping[str, Any], where: str) -> dic
         raise ConfigError(f"{where}: {error}") from error
     with config.unlocked():
         config.update_from_flattened_dict(added)
-    return config.to_dict()
+    return replace_durations(config.to_dict(), overrides)
 
 
 def point_name(values: Mapping[str, Any]) -> str:

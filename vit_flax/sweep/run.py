@@ -8,6 +8,7 @@ failed ones again.
 import json
 import os
 import signal
+import subprocess
 import threading
 import time
 import traceback
@@ -242,15 +243,23 @@ def value_of(metrics: Mapping[str, float], deciding: tuple[str, bool]) -> float:
 def _gpus(launcher: str, options: Mapping[str, Any], jobs: int) -> list[str]:
     """For each of the tasks that run at once on this machine, the GPUs that only it sees; Slurm allots them itself."""
     each = options.get("gpus_per_node", 0) if launcher == "local" else 0
+    if not isinstance(each, int) or each < 0:
+        raise ConfigError(f"--launcher_options: gpus_per_node={each!r}, expected a number of GPUs.")
     mine = os.environ.get("CUDA_VISIBLE_DEVICES")
-    there = (
-        [gpu for gpu in mine.split(",") if gpu] if mine is not None else [str(number) for number in range(jobs * each)]
-    )
+    there = _gpus_here(jobs * each) if mine is None else [gpu for gpu in mine.split(",") if gpu]
     if len(there) < jobs * each:
-        raise ConfigError(
-            f"{jobs} jobs with gpus_per_node={each} need {jobs * each} GPUs, and CUDA_VISIBLE_DEVICES={mine}."
-        )
+        found = f"this machine has {len(there)}" if mine is None else f"CUDA_VISIBLE_DEVICES={mine}"
+        raise ConfigError(f"{jobs} jobs with gpus_per_node={each} need {jobs * each} GPUs, and {found}.")
     return [",".join(there[i * each : (i + 1) * each]) for i in range(jobs)]
+
+
+def _gpus_here(wanted: int) -> list[str]:
+    """The numbers of the GPUs of this machine; as many as are wanted where nothing can count them."""
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.splitlines()
+    except OSError:
+        return [str(number) for number in range(wanted)]
+    return [str(number) for number in range(sum(line.startswith("GPU ") for line in listed))]
 
 
 def _executor(workdir: Path, launcher: str, options: Mapping[str, Any]) -> Any:
@@ -261,7 +270,10 @@ def _executor(workdir: Path, launcher: str, options: Mapping[str, Any]) -> Any:
             "Running points in processes of their own needs submitit: pip install 'vit_flax[sweep]'."
         ) from error
     executor = submitit.AutoExecutor(folder=workdir / "jobs", cluster=launcher)
-    executor.update_parameters(name="vit_flax", **{"timeout_min": 60 * 24, **options})
+    try:
+        executor.update_parameters(name="vit_flax", **{"timeout_min": 60 * 24, **options})
+    except (NameError, TypeError, ValueError) as error:
+        raise ConfigError(f"--launcher_options={json.dumps(dict(options))}: {error}") from error
     return executor
 
 

@@ -104,11 +104,11 @@ class Trials:
         assert self._sweep.suggest is not None
         where = f"{self._sweep.path}, suggest(trial) for trial {trial.number}"
         try:
-            overrides = dict(self._sweep.suggest(trial))
+            overrides = self._sweep.suggest(trial)
         except Exception as error:
             raise ConfigError(f"{where}: {type(error).__name__}: {error}") from error
         point = suggested(self._sweep.base, overrides, trial.number, where=where)
-        trial.set_user_attr(OVERRIDES, json.dumps(overrides))
+        trial.set_user_attr(OVERRIDES, json.dumps(point.overrides))
         return trial, point
 
     def _tell(self, trial: Any, result: Mapping[str, Any]) -> None:
