@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import tempfile
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Compiling takes much of the time of these tests, and the programs are tiny: optimise them little.
@@ -18,7 +19,12 @@ from jaxtyping import install_import_hook
 
 from tests import typecheck
 
-install_import_hook(["vit_flax"], f"{typecheck.__name__}.check")
+# Of every module that has array types in it; the others are for pyright alone, since checking takes as long as decoding
+# a small picture.
+root = Path(__file__).parent.parent
+files = [file for file in root.glob("vit_flax/**/*.py") if "from vit_flax.typing import" in file.read_text("utf-8")]
+shaped = [".".join(file.relative_to(root).with_suffix("").parts) for file in files]
+install_import_hook(shaped, f"{typecheck.__name__}.check")
 
 import jax
 import pytest

@@ -17,7 +17,7 @@ def tiny_config(**overrides: object) -> ConfigDict:
     config.model.update(dict(width=8, depth=2, mlp_dim=16, num_heads=2, drop_path=0.1))
     del config.run["total_epochs"]
     config.run.update(dict(total_steps=10, log_every_steps=2))
-    config.data.update(dict(batch_size=64, eval_batch_size=64))
+    config.data.update(dict(train_split="train[:300]", batch_size=64, eval_batch_size=64))
     del config.optim["warmup_epochs"]
     config.optim.warmup_steps = 2
     config.checkpoint = dict(every_steps=4, keep_last=2, best_metric="test/top1")

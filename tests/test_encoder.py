@@ -58,6 +58,7 @@ def everything():
 def test_the_last_block_of_the_tokens_that_are_read_equals_that_of_all(reads, fields, read_out):
     """Features, all of `out` and the gradients are those of a model that reads every token."""
     fields = {"pool": "tok", "class_token": True, "num_classes": None, **fields}
+    params = random_params(tiny(**fields))
 
     def run(pool):
         model = tiny(**{**fields, "pool": pool})
@@ -69,7 +70,7 @@ def test_the_last_block_of_the_tokens_that_are_read_equals_that_of_all(reads, fi
             every = sum(jnp.sum(jnp.cos(x)) for x in jax.tree.leaves(out)) if read_out else 0.0
             return jnp.sum(jnp.sin(first)) + every, (first, out)
 
-        return jax.jit(jax.value_and_grad(loss, has_aux=True))(random_params(tiny(**fields)), images())
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params, images())
 
     assert_close(run(fields["pool"]), run("none"), tol=2e-4)
 

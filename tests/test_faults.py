@@ -70,7 +70,7 @@ def assert_held(rows):
 
 
 def test_killed_runs_end_like_an_undisturbed_one(lives, reference):
-    assert_held(reliability.kills(lives, reference, random.Random(0), 4))
+    assert_held(reliability.kills(lives, reference, random.Random(0), 3))
 
 
 def test_signals_save_and_exit_with_the_documented_code(lives, reference):

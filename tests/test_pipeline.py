@@ -422,7 +422,7 @@ def test_make_data_compares_the_classes(tmp_path):
         "eval_transforms": [],
     }
     assert make_data(source={"name": "arrays", "path": tmp_path / "a.npz"}, **data).num_classes == 6
-    with pytest.raises(ValueError, match="unknown data source 'aray'; did you mean 'arrays'"):
+    with pytest.raises(ValueError, match="unknown data source 'aray': did you mean 'arrays'"):
         make_data(source={"name": "aray"}, **data)
     with pytest.raises(TypeError, match="num_worker"):
         make_data(source={"name": "arrays", "path": tmp_path / "a.npz"}, num_worker=2, **data)

@@ -192,7 +192,8 @@ def photographs(tmp_path_factory):
 
 def photograph_config(root, eval_transforms):
     config = tiny_config(run__total_steps=2, model__num_classes=2, model__patch_size=8)
-    config.data.update(dict(source=dict(name="folder", root=str(root)), eval_split="val", batch_size=8))
+    folder = dict(name="folder", root=str(root))
+    config.data.update(dict(source=folder, train_split="train", eval_split="val", batch_size=8))
     config.data.update(dict(train_transforms=[dict(op="resize", size_px=32)], eval_transforms=eval_transforms))
     config.augment = dict(mean=(0.4, 0.5, 0.6), std=(0.2,))
     return config
