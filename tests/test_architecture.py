@@ -166,3 +166,18 @@ print('trained')
 """
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], text=True, cwd=ROOT, capture_output=True)
     assert done.stdout.strip().endswith("trained"), done.stderr[-2000:]
+
+
+def test_annotated_shapes_are_checked_while_the_tests_run():
+    """See conftest.py: without this, a change there could switch the checks off in silence."""
+    import jax
+    import jax.numpy as jnp
+    import jaxtyping
+
+    from tests.tiny_vit import tiny
+    from vit_flax.losses import sigmoid_xent
+
+    with pytest.raises(jaxtyping.TypeCheckError):  # of a function
+        sigmoid_xent(jnp.zeros((2, 3)), jnp.zeros((2, 3)), jnp.ones((1, 2), bool), reduction="mean")
+    with pytest.raises(jaxtyping.TypeCheckError):  # of a module's method
+        jax.eval_shape(tiny().init, jax.random.key(0), jnp.zeros((1, 2, 8, 8, 3)), train=False)
