@@ -178,6 +178,8 @@ def test_bad_command_lines(tmp_path, monkeypatch, capsys, content, flags, messag
         pytest.importorskip("optuna")
     (tmp_path / "sweep.py").write_text(BASE + METRICS + content)
     arguments = ["--sweep", str(tmp_path / "sweep.py"), "--workdir", str(tmp_path / "run"), *flags]
+    # What is not refused would train 824 steps and more.
+    monkeypatch.setattr(__main__, "_run_here", lambda *_: pytest.fail("The sweep has started."))
     assert command(monkeypatch, arguments) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
