@@ -111,7 +111,7 @@ def test_image_size_that_the_patch_does_not_divide():
     [
         (
             dict(image_size=0),
-            "image_size=(0, 0): expected a whole number of 1 or more, or two of them: rows and columns",
+            "image_size=0: expected a whole number of 1 or more, or two of them: rows and columns",
         ),
         (dict(image_size=(32, -32)), "image_size=(32, -32): expected"),
         (dict(patch_size=0), "patch_size=0: expected"),

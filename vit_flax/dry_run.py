@@ -104,7 +104,7 @@ def _parameter_table(job: Job) -> Table:
 
 def _facts_table(job: Job) -> Table:
     h, w, c = job.data.image_shape
-    ph, pw = (job.model.patch_size,) * 2 if isinstance(job.model.patch_size, int) else job.model.patch_size
+    ph, pw = job.model.patch_shape
     flops = forward_flops(job.model, (h // ph, w // pw), channels=c)
     table = Table(show_header=False, box=None, title="Run", title_justify="left")
     table.add_row("image", f"{h}x{w}x{c}, {h // ph * (w // pw)} patches of {ph}x{pw}")

@@ -334,7 +334,7 @@ class Job:
     def facts(self) -> dict[str, Any]:
         """What the config does not say and a report wants to; JSON values."""
         h, w, c = self.data.image_shape
-        ph, pw = (self.model.patch_size,) * 2 if isinstance(self.model.patch_size, int) else self.model.patch_size
+        ph, pw = self.model.patch_shape
         return {
             "total_steps": self.run.total_steps,
             "num_params": sum(leaf.size for leaf in jax.tree.leaves(self.param_shapes)),

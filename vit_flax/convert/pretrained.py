@@ -19,6 +19,7 @@ from vit_flax.convert.resample import Grid
 from vit_flax.convert.source import Source, open_source
 from vit_flax.convert.table import Family, Row, Spec
 from vit_flax.models import ViT
+from vit_flax.models.patches import both_sides
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def load_opened(
     posemb_resize: str | None = None,
 ) -> Pretrained:
     """Loads a checkpoint that is open already; arguments and errors as of `load_pretrained`."""
-    wanted = _Wanted(num_classes, new_head, _pair(image_size), patch_size, channels, posemb_resize)
+    wanted = _Wanted(num_classes, new_head, image_size, patch_size, channels, posemb_resize)
     wanted.check()
     _check_patterns(ignore)
     source, spec, model, shapes = opened.source, opened.spec, opened.model, opened.shapes
@@ -206,7 +207,7 @@ class _Wanted:
 
     num_classes: int | None
     new_head: bool
-    image_size: Grid | None
+    image_size: int | Grid | None
     patch_size: int | Grid | None
     channels: int | None
     posemb_resize: str | None
@@ -235,16 +236,9 @@ def _check_patterns(ignore: Sequence[str]) -> None:
             raise ValueError(f"ignore: {pattern!r} is no regular expression ({error}).") from error
 
 
-def _pair(size: int | tuple[int, int] | Sequence[int] | None) -> Grid | None:
-    if size is None:
-        return None
-    return tuple(size) if isinstance(size, Sequence) else (size, size)  # type: ignore[return-value]
-
-
 def _image_size(spec: Spec, model: ViT) -> Grid:
     """In pixels: from the position table, else as the pictures are prepared, else the usual 224 (or near it)."""
-    patch = _pair(model.patch_size)
-    assert patch is not None
+    patch = model.patch_shape
     if spec.grid:
         return spec.grid[0] * patch[0], spec.grid[1] * patch[1]
     known = spec.evaluation or spec.preprocess
@@ -325,9 +319,8 @@ def _adapt(stored: Pretrained, spec: Spec, shapes: engine.Shapes, wanted: _Wante
     if wanted.patch_size is not None:
         new_model = new_model.clone(patch_size=wanted.patch_size)
     channels = wanted.channels or spec.channels
-    patch = _pair(new_model.patch_size)
-    assert patch is not None
-    image_size = wanted.image_size or stored.image_size
+    patch = new_model.patch_shape
+    image_size = stored.image_size if wanted.image_size is None else both_sides(wanted.image_size)
     for side, p in zip(image_size, patch, strict=True):
         if side % p:
             raise ValueError(f"{image_size=}: the patch size {patch} does not divide it; choose a multiple.")
@@ -338,8 +331,8 @@ def _adapt(stored: Pretrained, spec: Spec, shapes: engine.Shapes, wanted: _Wante
             resampled[name] = (how, params[name].shape, new.shape)
             params[name] = new
 
-    kernel, old_patch = params.get("patch_embed/kernel"), _pair(model.patch_size)
-    if kernel is not None and old_patch and (patch != old_patch or channels != spec.channels):
+    kernel, old_patch = params.get("patch_embed/kernel"), model.patch_shape
+    if kernel is not None and (patch != old_patch or channels != spec.channels):
         grid = kernel.reshape(*old_patch, spec.channels, -1)
         new = resample.adapt_channels(resample.resample_patches(grid, patch, spec.patch_resize), channels)
         how = f"{spec.patch_resize}, {spec.channels} -> {channels} channels"

@@ -97,7 +97,7 @@ def _outgoing(
         raise ValueError(
             f"These parameters have numbers that are not finite: {', '.join(bad[:10])}. Write an earlier checkpoint."
         )
-    ph, pw = (model.patch_size, model.patch_size) if isinstance(model.patch_size, int) else model.patch_size
+    ph, pw = model.patch_shape
     channels = flat["patch_embed/kernel"].shape[0] // (ph * pw)
     if "posemb/table" in flat:
         patches = flat["posemb/table"].shape[1]
@@ -162,8 +162,7 @@ def architecture(model: ViT) -> dict[str, Any]:
     values["norm_after_pool"] = model.norm_after_pool and model.pool not in ("tok", "tok_dist")
     values["head_dim"] = model.head_dim or model.width // model.num_heads
     values["layer_scale"] = model.layer_scale is not None  # the initial value does not outlive training
-    if isinstance(model.patch_size, int):
-        values["patch_size"] = (model.patch_size, model.patch_size)
+    values["patch_size"] = model.patch_shape
     return values
 
 

@@ -17,6 +17,7 @@ from vit_flax.convert.preprocess import Evaluation, Preprocess
 from vit_flax.convert.resample import Grid
 from vit_flax.convert.source import Source, Tensor
 from vit_flax.models import ViT
+from vit_flax.models.patches import both_sides
 
 # What logits become probabilities by, as the loss that they were trained with has it: the classes share one picture, or
 # each is there or not by itself.
@@ -139,7 +140,7 @@ LINEAR_FROM_HEADS = Op(lambda w: w.T, lambda ws: ws[0].reshape(-1, ws[0].shape[-
 
 def convolution(patch_size: int | tuple[int, int], *, channels_last: bool = False) -> Op:
     """The patch embedding: a convolution on their side, a matrix over flattened patches on ours."""
-    ph, pw = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    ph, pw = both_sides(patch_size)
 
     def grouped(ws: Sequence[np.ndarray]) -> np.ndarray:
         return ws[0].reshape(ph, pw, -1, ws[0].shape[-1])

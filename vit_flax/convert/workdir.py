@@ -21,6 +21,7 @@ from vit_flax.convert.preprocess import Evaluation, Preprocess
 from vit_flax.convert.source import Source, Tensor
 from vit_flax.models import make_model
 from vit_flax.models.layout import stack_blocks
+from vit_flax.models.patches import both_sides
 
 _CHECKPOINTS = "checkpoints"
 _AVERAGE, _BEST = ":ema", ":best"
@@ -73,7 +74,9 @@ def _split(path: str) -> tuple[Path, Any]:
 def evaluation_of(preprocessing: Mapping[str, Any]) -> Evaluation:
     """What the evaluation pictures of a run went through; the argument as of `preprocess_of`."""
     fixed = [op["size_px"] for op in preprocessing["transforms"] if op["op"] != "resize_small" and op.get("size_px")]
-    size = _pair(fixed[-1]) if fixed else tuple(preprocessing["image_shape"][:2])  # without a resize, all have one size
+    size = (
+        both_sides(fixed[-1]) if fixed else tuple(preprocessing["image_shape"][:2])
+    )  # without a resize, all have one size
     channels = preprocessing["image_shape"][2]
     mean, std = (tuple(preprocessing[k]) * (channels if len(preprocessing[k]) == 1 else 1) for k in ("mean", "std"))
     return Evaluation(size, tuple(preprocessing["transforms"]), mean, std)
@@ -103,13 +106,8 @@ def _crop(ops: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         return {"crop_fraction": None}
     if names not in (["resize", "central_crop"], ["resize_small", "central_crop"]):
         return None
-    (height, width), (rows, columns) = _pair(ops[1]["size_px"]), _pair(ops[0]["size_px"])
+    (height, width), (rows, columns) = both_sides(ops[1]["size_px"]), both_sides(ops[0]["size_px"])
     # One fraction for both sides: the shorter side decides alike only where the crop is as high as it is wide.
     if height * columns != width * rows:
         return None
     return {"crop_fraction": height / rows, "keep_aspect": names[0] == "resize_small"}
-
-
-def _pair(size_px: int | Sequence[int]) -> tuple[int, int]:
-    height, width = (size_px, size_px) if isinstance(size_px, int) else size_px
-    return height, width

@@ -17,7 +17,7 @@ def forward_flops(model: ViT, grid: tuple[int, int], *, channels: int = 3, as_pu
       as_published: counts the last block for all tokens, as papers and other libraries do; else, as `Encoder` computes
         it, for those that the pooling reads (keys and values for all).
     """
-    ph, pw = (model.patch_size,) * 2 if isinstance(model.patch_size, int) else model.patch_size
+    ph, pw = model.patch_shape
     patches = grid[0] * grid[1]
     n, d = patches + model.num_prefix_tokens, model.width
     inner = model.num_heads * (model.head_dim or d // model.num_heads)

@@ -1,6 +1,7 @@
 """Images as sequences of flattened patches."""
 
 import math
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 
@@ -33,7 +34,7 @@ def patchify(
     >>> patches.shape, grid
     ((1, 256, 3072), (16, 16))
     """
-    ph, pw = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    ph, pw = both_sides(patch_size)
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise TypeError(f"Expected pixels normalised to floating-point numbers, found {images.dtype}.")
     if images.ndim == 3:
@@ -51,6 +52,12 @@ def patchify(
         raise ValueError(f"{grid=} was given, but images of {h}x{w} cut by {ph}x{pw} make a grid of {found}.")
     x = images.reshape(b, found[0], ph, found[1], pw, c).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(b, found[0] * found[1], ph * pw * c), found
+
+
+def both_sides(size: int | Sequence[int]) -> Grid:
+    """Rows and columns of a size that may be one number, for a square."""
+    rows, columns = size if isinstance(size, Sequence) else (size, size)
+    return rows, columns
 
 
 def _grid_of_sequence(shape: tuple[int, ...], patch: Grid, grid: Grid | None, needs_grid: bool) -> Grid:

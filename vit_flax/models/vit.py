@@ -21,7 +21,7 @@ from vit_flax.models.attend import IMPLEMENTATIONS
 from vit_flax.models.block import MLPS, Attention, Block
 from vit_flax.models.encoder import REMAT, Encoder
 from vit_flax.models.layers import ACTIVATIONS, LayerNorm, LayerScale, Linear
-from vit_flax.models.patches import patchify
+from vit_flax.models.patches import both_sides, patchify
 from vit_flax.models.posemb import FIXED_TABLES, ROPES, Grid, LearnedPositions
 from vit_flax.typing import Array, Float
 
@@ -158,6 +158,11 @@ class ViT(nn.Module):
     def has_class_token(self) -> bool:
         """Whether a class token is in front of the sequence."""
         return heads.POOLS[self.pool].needs_class_token if self.class_token is None else self.class_token
+
+    @property
+    def patch_shape(self) -> Grid:
+        """Rows and columns of a patch in pixels."""
+        return both_sides(self.patch_size)
 
     @property
     def num_prefix_tokens(self) -> int:

@@ -13,6 +13,7 @@ from vit_flax.convert.preprocess import Preprocess
 from vit_flax.convert.resample import Grid
 from vit_flax.convert.source import CONFIG, PREPROCESSOR, Source, Tensor
 from vit_flax.convert.table import Outgoing
+from vit_flax.models.patches import both_sides
 
 Config = Mapping[str, Any]
 
@@ -82,7 +83,7 @@ def read_fields(source: Source, config: Config) -> dict[str, Any]:
             f"{source.path}: hidden_act={config['hidden_act']!r} in {CONFIG} is unknown here; known are "
             f"{', '.join(ACTIVATIONS)}."
         )
-    ph, pw = pair(config["patch_size"])
+    ph, pw = both_sides(config["patch_size"])
     return dict(
         patch_size=ph if ph == pw else (ph, pw),
         width=config["hidden_size"],
@@ -96,7 +97,7 @@ def read_fields(source: Source, config: Config) -> dict[str, Any]:
 def write_fields(out: Outgoing) -> dict[str, Any]:
     """The inverse of `read_fields`, with the image size and the labels."""
     model = out.model
-    ph, pw = pair(model.patch_size)
+    ph, pw = model.patch_shape
     rows, columns = out.image_size
     return dict(
         patch_size=ph if ph == pw else [ph, pw],
@@ -112,21 +113,16 @@ def write_fields(out: Outgoing) -> dict[str, Any]:
 
 def require_square(out: Outgoing, library_class: str) -> None:
     """Raises a ValueError for a grid or a patch with unequal sides, where the library's code assumes a square."""
-    if out.image_size[0] != out.image_size[1] or len(set(pair(out.model.patch_size))) > 1:
+    if out.image_size[0] != out.image_size[1] or len(set(out.model.patch_shape)) > 1:
         raise ValueError(
             f"{library_class} takes square images and patches, and these are {out.image_size} and "
-            f"{pair(out.model.patch_size)}: resample the positions first (load_pretrained(image_size=...))"
+            f"{out.model.patch_shape}: resample the positions first (load_pretrained(image_size=...))"
         )
-
-
-def pair(size: int | Sequence[int]) -> Grid:
-    """Rows and columns of a size that may be one number."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def read_grid(config: Config) -> Grid:
     """Rows and columns of the position table; what the patch does not divide is cut off, as by a convolution."""
-    (h, w), (ph, pw) = pair(config["image_size"]), pair(config["patch_size"])
+    (h, w), (ph, pw) = both_sides(config["image_size"]), both_sides(config["patch_size"])
     return h // ph, w // pw
 
 
@@ -211,13 +207,13 @@ def read_preprocess(source: Source, patch_size: int | Sequence[int]) -> Preproce
     target = resized
     if on("do_center_crop"):
         crop = values["crop_size"]
-        target = (crop["height"], crop["width"]) if isinstance(crop, Mapping) else pair(crop)
+        target = (crop["height"], crop["width"]) if isinstance(crop, Mapping) else both_sides(crop)
     if resized is None or target is None or (keep_aspect and (not on("do_center_crop") or target[0] != target[1])):
         raise unknown(f"has size={values['size']} and do_center_crop={on('do_center_crop')}")
     if target[0] > resized[0] or target[1] > resized[1]:
         raise unknown(f"pads {values['size']} to {values['crop_size']}")
     # 384 with patches of 14: the library's convolution never sees the last 6 pixels.
-    rows, columns = (side // patch * patch for side, patch in zip(target, pair(patch_size), strict=True))
+    rows, columns = (side // patch * patch for side, patch in zip(target, both_sides(patch_size), strict=True))
     channels = len(values["image_mean"]) if normalised else 3
     # Their pixels are multiplied by the factor before the mean goes off; ours by 1 / 255. Old files leave it out.
     scale = 255 * values["rescale_factor"] if "rescale_factor" in values else 1.0
@@ -244,8 +240,8 @@ def _read_size(values: Config) -> tuple[Grid | None, bool]:
     if isinstance(size, Mapping):
         if set(size) == {"height", "width"}:
             return (size["height"], size["width"]), False
-        return (pair(size["shortest_edge"]), True) if set(size) == {"shortest_edge"} else (None, False)
-    return pair(size), False
+        return (both_sides(size["shortest_edge"]), True) if set(size) == {"shortest_edge"} else (None, False)
+    return both_sides(size), False
 
 
 def write_preprocess(preprocess: Preprocess) -> dict[str, Any]:

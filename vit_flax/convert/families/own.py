@@ -39,8 +39,7 @@ def _describe(source: Source) -> Spec:
 
 
 def _rows(model: ViT) -> list[Row]:
-    patch = (model.patch_size, model.patch_size) if isinstance(model.patch_size, int) else model.patch_size
-    return [Row(path, path, SAME) for path in parameter_shapes(model, patch, 3)]
+    return [Row(path, path, SAME) for path in parameter_shapes(model, model.patch_shape, 3)]
 
 
 def config_json(
@@ -55,7 +54,7 @@ def config_json(
     probabilities: str,
 ) -> dict[str, Any]:
     """The contents of config.json in our own format."""
-    ph, pw = (model.patch_size,) * 2 if isinstance(model.patch_size, int) else model.patch_size
+    ph, pw = model.patch_shape
     fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name not in ("parent", "name")}
     content = {
         "format": "vit_flax",

@@ -17,6 +17,7 @@ from vit_flax.convert.resample import Grid
 from vit_flax.convert.source import CONFIG, Source
 from vit_flax.convert.table import Family, Spec
 from vit_flax.models import ViT
+from vit_flax.models.patches import both_sides
 
 # Arguments that are fields of ours; those with the same meaning in vision_transformer.py and eva.py have two names.
 _ARGUMENTS = dict(
@@ -52,8 +53,8 @@ def _describe(source: Source) -> Spec:
             f"{source.path}: the attention pooling of timm's eva.py attends to the tokens in front of the patches too, "
             "ours only to the patches."
         )
-    image_size = _image_size(arguments, card, _pair(fields["patch_size"]))
-    patch = _pair(fields["patch_size"])
+    patch = both_sides(fields["patch_size"])
+    image_size = _image_size(arguments, card, patch)
     grid = (image_size[0] // patch[0], image_size[1] // patch[1]) if image_size else None
     return Spec(
         fields=fields,
@@ -116,12 +117,8 @@ def _image_size(arguments: dict[str, Any], card: dict[str, Any], patch: Grid) ->
     """Without the pixels of a last patch that does not fit: the convolution passes over them."""
     if "img_size" not in arguments and "input_size" not in card:
         return None
-    rows, columns = _pair(arguments["img_size"] if arguments.get("img_size") else card["input_size"][1:])
+    rows, columns = both_sides(arguments["img_size"] if arguments.get("img_size") else card["input_size"][1:])
     return rows // patch[0] * patch[0], columns // patch[1] * patch[1]
-
-
-def _pair(size: Any) -> Grid:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _preprocess(card: dict[str, Any], image_size: Grid | None) -> Preprocess | None:
