@@ -22,7 +22,21 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from absl import app, flags
+
+from vit_flax.benchmark import measure, report
+from vit_flax.benchmark.cases import (
+    MODES,
+    Case,
+    Ours,
+    compile_forward,
+    left_out_if_too_large,
+    program_bytes,
+    train_program,
+)
+from vit_flax.benchmark.peers import Peer, installed
 
 _VARIANT = flags.DEFINE_list("variant", ["S/16"], "Sizes, such as S/16,B/16.")
 _BATCH = flags.DEFINE_list("batch", ["8"], "Images per step.")
@@ -61,10 +75,8 @@ def main(argv: list[str]) -> None:
         compare(cases)
 
 
-def cases_of_flags() -> list[Any]:
+def cases_of_flags() -> list[Case]:
     """Every combination of the lists. Raises ValueError for a word that is not a choice."""
-    from vit_flax.benchmark.cases import MODES, Case
-
     for mode in _MODE.value:
         if mode not in MODES:
             raise ValueError(f"--mode={mode} is unknown: expected {', '.join(MODES)}.")
@@ -85,11 +97,9 @@ def cases_of_flags() -> list[Any]:
     ]
 
 
-def compare(cases: list[Any]) -> None:
+def compare(cases: list[Case]) -> None:
     """Measures the cases, those of one variant, mode and dtype together; a table at the end if there are several."""
-    from vit_flax.benchmark import report
-
-    groups: dict[tuple[str, str, str], list[Any]] = {}
+    groups: dict[tuple[str, str, str], list[Case]] = {}
     for case in cases:
         groups.setdefault((case.variant, case.mode, case.dtype), []).append(case)
     rows = [row for group in groups.values() for row in compare_group(group)]
@@ -98,19 +108,16 @@ def compare(cases: list[Any]) -> None:
         print(report.table(rows))
 
 
-def compare_group(cases: list[Any]) -> list[dict[str, Any]]:
+def compare_group(cases: list[Case]) -> list[dict[str, Any]]:
     """Lets the cases take turns with their peers and the matrix products; prints and returns a line for each."""
-    from vit_flax.benchmark import measure, report
-    from vit_flax.benchmark.cases import Ours
-
-    ours: dict[Any, Any] = {}
+    ours: dict[Case, Ours] = {}
     for case in cases:
         with measure.left_out():
             ours[case] = Ours(case)
     peers = start_peers(cases) if _PEERS.value else {}
-    runners = ours | peers
+    runners: dict[Case, Any] = {**ours, **peers}
     model = cases[0].model()
-    tokens = max(case.batch * ((case.image_px // model.patch_size) ** 2 + 1) for case in cases)
+    tokens = max(case.batch * ((case.image_px // model.patch_shape[0]) ** 2 + 1) for case in cases)
     by_name = {case.name: runner for case, runner in runners.items()}
     try:
         matmuls = measure.ceilings({cases[0].dtype}, tokens, model.width, model.mlp_dim)
@@ -137,12 +144,9 @@ def compare_group(cases: list[Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def start_peers(cases: list[Any]) -> dict[Any, Any]:
+def start_peers(cases: list[Case]) -> dict[Case, Peer]:
     """The peers of every (variant, batch, mode, dtype); one that fails is left out with a message."""
-    from vit_flax.benchmark import measure
-    from vit_flax.benchmark.peers import Peer, installed
-
-    peers: dict[Any, Any] = {}
+    peers: dict[Case, Peer] = {}
     for name in installed():
         for case in cases:
             # What only we can choose is set to one value, so that each peer is measured once.
@@ -153,12 +157,8 @@ def start_peers(cases: list[Any]) -> dict[Any, Any]:
     return peers
 
 
-def compile_times(cases: list[Any]) -> None:
+def compile_times(cases: list[Case]) -> None:
     """Seconds to trace and compile at each depth, and the ratio to the first depth; without the compilation cache."""
-    import jax
-
-    from vit_flax.benchmark.cases import compile_forward, train_program
-
     jax.config.update("jax_enable_compilation_cache", False)
     for case in cases:
         first = None
@@ -167,7 +167,7 @@ def compile_times(cases: list[Any]) -> None:
             for _ in range(3):
                 deep = dataclasses.replace(case, depth=depth)
                 jax.clear_caches()
-                lower = lowering(deep, compile_forward, train_program)
+                lower = lowering(deep)
                 since = time.perf_counter()
                 lower().compile()
                 times.append(time.perf_counter() - since)
@@ -177,11 +177,8 @@ def compile_times(cases: list[Any]) -> None:
             print(json.dumps(found), flush=True)
 
 
-def lowering(case: Any, compile_forward: Any, train_program: Any) -> Any:
+def lowering(case: Case) -> Callable[[], Any]:
     """A function that traces and lowers the case's program from shapes alone."""
-    import jax
-    import jax.numpy as jnp
-
     pixels = (case.batch, case.image_px, case.image_px, 3)
     init, step = train_program(case)
     state = jax.eval_shape(init)
@@ -195,23 +192,18 @@ def lowering(case: Any, compile_forward: Any, train_program: Any) -> Any:
     return lambda: step.lower(state, batch)
 
 
-def find_batch(case: Any) -> dict[str, Any]:
+def find_batch(case: Case) -> dict[str, Any]:
     """The largest batch whose program fits into the memory that is free, to within an eighth of it.
 
     On the CPU nothing is run: the compiler says what a program needs. On other devices the batch takes one step.
     """
-    import jax
-
-    from vit_flax.benchmark import measure
-    from vit_flax.benchmark.cases import Ours, compile_forward, left_out_if_too_large, program_bytes, train_program
-
     limit, needs = measure.free_memory_bytes(), {}
 
     def fits(batch: int) -> bool:
         sized = dataclasses.replace(case, batch=batch)
         try:
             with left_out_if_too_large(sized):
-                needs[batch] = program_bytes(lowering(sized, compile_forward, train_program)().compile())
+                needs[batch] = program_bytes(lowering(sized)().compile())
                 if needs[batch] <= limit and jax.default_backend() != "cpu":
                     Ours(sized).run(1)
         except measure.LeftOut:

@@ -86,9 +86,8 @@ class Case:
     def flops(self) -> float:
         """Floating-point operations per call, see `models.flops.forward_flops`; a training step counts as three."""
         model = self.model()
-        assert isinstance(model.patch_size, int)
-        side = self.image_px // model.patch_size
-        flops = forward_flops(model, (side, side), as_published=self.library != "vit_flax")
+        rows, columns = (self.image_px // side for side in model.patch_shape)
+        flops = forward_flops(model, (rows, columns), as_published=self.library != "vit_flax")
         return flops * self.batch * (1 if self.mode == "forward" else 3)
 
 
@@ -157,9 +156,9 @@ def _host_batches(case: Case) -> Iterator[dict[str, np.ndarray]]:
 
 def _forward(case: Case, mesh: jax.sharding.Mesh) -> tuple[Any, Callable[[], Callable[[int], None]]]:
     model = case.model()
-    one = jax.ShapeDtypeStruct((1, case.image_px, case.image_px, 3), jnp.float32)
-    init = jax.jit(lambda: model.init(jax.random.key(0), jnp.zeros(one.shape), train=False)["params"])
-    pixels = jax.ShapeDtypeStruct((case.batch, *one.shape[1:]), jnp.float32, sharding=sharding.batch_sharding(mesh))
+    shape = (case.image_px, case.image_px, 3)
+    init = jax.jit(lambda: model.init(jax.random.key(0), jnp.zeros((1, *shape)), train=False)["params"])
+    pixels = jax.ShapeDtypeStruct((case.batch, *shape), jnp.float32, sharding=sharding.batch_sharding(mesh))
     program = compile_forward(case).lower(jax.eval_shape(init), pixels).compile()
 
     def begin() -> Callable[[int], None]:
