@@ -166,7 +166,7 @@ def test_preparation_that_the_checkpoint_does_not_know_can_be_given(run, capsys,
     arguments = ["--checkpoint", str(tmp_path / "bare"), str(folder / "pictures" / "0.png"), "--json"]
     assert predict.main(arguments) == 2
     assert '--preprocess \'{"image_size"' in capsys.readouterr().err
-    same = json.dumps(loaded.preprocess.to_dict())
+    same = json.dumps(dataclasses.asdict(loaded.preprocess))
     assert predict.main([*arguments, "--preprocess", same]) == 0
     bare = lines(capsys)
     assert predict.main(["--checkpoint", str(folder / "run"), *arguments[2:]]) == 0

@@ -11,9 +11,10 @@ from vit_flax.convert.source import weight_files
 from vit_flax.convert.workdir import is_workdir
 
 MIB = 2**20
+TURNS = 7  # their median counts; the first load is named apart, as it compiles the shapes of the model
 
 
-def measure(path: str | Path, *, family: str | None, repeats: int = 7) -> str:
+def measure(path: str | Path, *, family: str | None) -> str:
     """Loads a checkpoint several times, in turn with NumPy reading and copying the bytes of its files.
 
     Turn by turn, because other work on the machine then disturbs both alike. The files are in the page cache after the
@@ -22,7 +23,6 @@ def measure(path: str | Path, *, family: str | None, repeats: int = 7) -> str:
     Args:
       path: of a local checkpoint.
       family: as in `load_pretrained`.
-      repeats: turns; their median counts, and the first load is told apart (it compiles the model's shapes).
 
     Returns: lines of text: times, their ratio, peak memory above that of the idle process as a multiple of the files.
     """
@@ -31,7 +31,7 @@ def measure(path: str | Path, *, family: str | None, repeats: int = 7) -> str:
     memory = _peak_bytes(path, family)  # first: memory that an earlier load gave back may still count as resident
     _read_and_copy(files)
     numpy_secs, load_secs = [], []
-    for _ in range(repeats):
+    for _ in range(TURNS):
         start = time.perf_counter()
         _read_and_copy(files)
         middle = time.perf_counter()
@@ -41,7 +41,7 @@ def measure(path: str | Path, *, family: str | None, repeats: int = 7) -> str:
     ratio = statistics.median(ours / theirs for ours, theirs in zip(load_secs, numpy_secs, strict=True))
     return "\n".join(
         [
-            f"{len(files)} file(s), {size / MIB:,.1f} MiB; median of {repeats} turns, spread in brackets",
+            f"{len(files)} file(s), {size / MIB:,.1f} MiB; median of {TURNS} turns, spread in brackets",
             f"NumPy reads and copies the bytes in {_spread(numpy_secs)}",
             f"load_pretrained takes               {_spread(load_secs)}; the first load {load_secs[0]:.3f} s",
             f"ratio                               {ratio:.2f}",

@@ -96,13 +96,9 @@ class Preprocess:
         plain = [dataclasses.replace(p, crop_fraction=None) for p in (self, other)]
         return plain[0] == plain[1] and all(self.resized(*s) == other.resized(*s) for s in ((480, 640), (640, 480)))
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values, for a file."""
-        return dataclasses.asdict(self)
-
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Preprocess":
-        """The inverse of `to_dict`, from JSON."""
+        """The inverse of `dataclasses.asdict`, from JSON."""
         plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**plain)
 

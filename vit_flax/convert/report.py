@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 Shape = tuple[int, ...]
 
+MAX_LINES = 20  # of tensors, and as many of parameters, in an error
+MAX_PATTERNS = 6  # in a suggested `ignore`, before names are shortened
+
 
 @dataclass(frozen=True)
 class Report:
@@ -50,7 +53,6 @@ def unexplained(
     unused: Mapping[str, Shape],
     missing: Mapping[str, tuple[str, Shape]],
     explained: Iterable[str] = (),
-    most: int = 20,
 ) -> ValueError:
     """The error for tensors without a parameter and parameters without a tensor, with the nearest names.
 
@@ -59,17 +61,17 @@ def unexplained(
       unused: key in the file -> shape.
       missing: path in the model -> (the name that was looked for, shape).
       explained: keys and paths that are in order, which the suggested `ignore` must not touch.
-      most: lines per group.
     """
     wanted = [name for name, _ in missing.values()]
     lines = [
         f"{path}: {len(unused)} tensors of the file have no place in the model, {len(missing)} parameters no tensor."
     ]
-    for key, shape in list(unused.items())[:most]:
+    for key, shape in list(unused.items())[:MAX_LINES]:
         lines.append(f"  + in the file only:  {key} {list(shape)}{nearest(key, wanted)}")
-    for name, (theirs, shape) in list(missing.items())[:most]:
+    for name, (theirs, shape) in list(missing.items())[:MAX_LINES]:
         lines.append(f"  - in the model only: {name} {list(shape)}, looked for as {theirs}{nearest(theirs, unused)}")
-    lines += [f"  ... {n} more" for n in [max(len(unused) - most, 0) + max(len(missing) - most, 0)] if n]
+    if more := max(len(unused) - MAX_LINES, 0) + max(len(missing) - MAX_LINES, 0):
+        lines.append(f"  ... {more} more")
     patterns = _patterns([*unused, *missing], list(explained))
     lines.append(f"Wrong family or wrong fields? To go on without them: ignore={patterns}")
     return ValueError("\n".join(lines))
@@ -81,12 +83,12 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f" (nearest: {close[0]})" if close else ""
 
 
-def _patterns(names: Sequence[str], others: Sequence[str], most: int = 6) -> list[str]:
+def _patterns(names: Sequence[str], others: Sequence[str]) -> list[str]:
     """Regular expressions that match the names and none of the others: one per name, or short ones if there are many.
 
     A short one is the first parts of a name, as few as tell it from the others, and stands for any number if it can.
     """
-    if len(names) <= most:
+    if len(names) <= MAX_PATTERNS:
         return [f"^{re.escape(name)}$" for name in names]
     found: list[str] = []
     for name in names:

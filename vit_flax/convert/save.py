@@ -4,7 +4,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +181,7 @@ def _place_positions(out: Outgoing, wanted: bool | None) -> Outgoing:
             params[f"{token}/position"] = np.zeros_like(params[f"{token}/token"])
         else:
             params[f"{token}/token"] = params[f"{token}/token"] + params.pop(f"{token}/position")
-    return out.replace(model=model.clone(class_token_position=wanted), params=params)
+    return replace(out, model=model.clone(class_token_position=wanted), params=params)
 
 
 def _safetensors_writer() -> Any:

@@ -5,7 +5,6 @@ Names on our side are paths in the parameter tree with the blocks stacked, such 
 projection, a position table with a slot for the class token): each takes its part, and the writer puts them together.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,10 +89,6 @@ class Outgoing:
     posemb_resize: str
     patch_resize: str
     probabilities: str
-
-    def replace(self, **changes: Any) -> "Outgoing":
-        """The same with some attributes changed."""
-        return dataclasses.replace(self, **changes)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from flax.traverse_util import flatten_dict
 from vit_flax.convert.families.own import config_json
 from vit_flax.convert.preprocess import Evaluation, Preprocess
 from vit_flax.convert.source import Source, Tensor
+from vit_flax.convert.table import Outgoing
 from vit_flax.models import make_model
 from vit_flax.models.layout import stack_blocks
 from vit_flax.models.patches import both_sides
@@ -49,8 +50,9 @@ def open_workdir(path: str) -> Source:
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.config["model"].items()}
     height, width, channels = saved.preprocessing["image_shape"]
     start = saved.config.get("init", {})  # completed: it has the ways of the family that the weights came from
-    config = config_json(
+    content = Outgoing(
         make_model(**fields).clone(scan=True),
+        flat,
         channels=channels,
         image_size=(height, width),
         posemb_resize=start.get("posemb_resize", "bicubic_antialias"),
@@ -59,7 +61,7 @@ def open_workdir(path: str) -> Source:
         class_names=saved.class_names,
         probabilities="sigmoid" if saved.config["loss"]["name"] == "sigmoid_xent" else "softmax",
     )
-    return Source(path, tensors, config | {"evaluation": asdict(evaluation_of(saved.preprocessing))})
+    return Source(path, tensors, config_json(content) | {"evaluation": asdict(evaluation_of(saved.preprocessing))})
 
 
 def _split(path: str) -> tuple[Path, Any]:

@@ -58,7 +58,7 @@ def _unstack(name: str, tensor: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _describe(source: Source, *, activation: str = "gelu_tanh") -> Spec:
+def _describe(source: Source) -> Spec:
     ph, pw, channels, width = source.shape("embedding/kernel")
     _, heads, head_dim = source.shape(_BLOCK.format(i=0) + "MultiHeadDotProductAttention_0/query/kernel")
     table = next((t for t in (_TABLE_GOOGLE, _TABLE_BIG_VISION) if t in source.tensors), None)
@@ -80,7 +80,7 @@ def _describe(source: Source, *, activation: str = "gelu_tanh") -> Spec:
             class_token_position=own_position,
             pool=pool,
             representation_size=source.shape("pre_logits/kernel")[1] if "pre_logits/kernel" in source.tensors else None,
-            activation=activation,
+            activation="gelu_tanh",
             norm_eps=1e-6,
         ),
         channels=channels,

@@ -2,14 +2,12 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
 from vit_flax.convert.engine import parameter_shapes
 from vit_flax.convert.preprocess import Evaluation, Preprocess
-from vit_flax.convert.resample import Grid
 from vit_flax.convert.source import CONFIG, Source
 from vit_flax.convert.table import PROBABILITIES, SAME, Family, Outgoing, Row, Spec
 from vit_flax.models import ViT
@@ -42,46 +40,22 @@ def _rows(model: ViT) -> list[Row]:
     return [Row(path, path, SAME) for path in parameter_shapes(model, model.patch_shape, 3)]
 
 
-def config_json(
-    model: ViT,
-    *,
-    channels: int,
-    image_size: Grid,
-    posemb_resize: str,
-    patch_resize: str,
-    preprocess: Preprocess | None,
-    class_names: Sequence[str] | None,
-    probabilities: str,
-) -> dict[str, Any]:
+def config_json(out: Outgoing) -> dict[str, Any]:
     """The contents of config.json in our own format."""
-    ph, pw = model.patch_shape
+    model, (ph, pw) = out.model, out.model.patch_shape
     fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name not in ("parent", "name")}
     content = {
         "format": "vit_flax",
         "model": fields | {k: jnp.dtype(fields[k]).name for k in ("dtype", "param_dtype")},
-        "channels": channels,
-        "grid": [image_size[0] // ph, image_size[1] // pw],
-        "posemb_resize": posemb_resize,
-        "patch_resize": patch_resize,
-        "preprocess": preprocess.to_dict() if preprocess else None,
-        "class_names": class_names,
-        "probabilities": probabilities,
+        "channels": out.channels,
+        "grid": [out.image_size[0] // ph, out.image_size[1] // pw],
+        "posemb_resize": out.posemb_resize,
+        "patch_resize": out.patch_resize,
+        "preprocess": dataclasses.asdict(out.preprocess) if out.preprocess else None,
+        "class_names": out.class_names,
+        "probabilities": out.probabilities,
     }
     return json.loads(json.dumps(content))
-
-
-def _config(out: Outgoing) -> dict[str, dict[str, Any]]:
-    content = config_json(
-        out.model,
-        channels=out.channels,
-        image_size=out.image_size,
-        posemb_resize=out.posemb_resize,
-        patch_resize=out.patch_resize,
-        preprocess=out.preprocess,
-        class_names=out.class_names,
-        probabilities=out.probabilities,
-    )
-    return {CONFIG: content}
 
 
 VIT_FLAX = Family(
@@ -90,5 +64,5 @@ VIT_FLAX = Family(
     matches=lambda source: source.config.get("format") == "vit_flax",
     describe=_describe,
     rows=_rows,
-    config=_config,
+    config=lambda out: {CONFIG: config_json(out)},
 )
