@@ -18,6 +18,7 @@ from vit_flax.sweep.points import Sweep, varying
 from vit_flax.sweep.run import point_workdir, read_result
 
 SEED = "run.seed"
+MAX_ROWS = 30  # of the table on the console
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def _finite(statistic: Callable[[Sequence[float]], float], values: Sequence[floa
     return statistic(values) if all(map(math.isfinite, values)) else math.nan
 
 
-def print_table(console: Console, sweep: Sweep, rows: Sequence[Row], limit: int = 30) -> None:
+def print_table(console: Console, sweep: Sweep, rows: Sequence[Row]) -> None:
     """The settings, best first, and what failed."""
     metric, larger = sweep.deciding
     names = [name.removeprefix("-") for name in sweep.metrics]
@@ -151,15 +152,15 @@ def print_table(console: Console, sweep: Sweep, rows: Sequence[Row], limit: int 
         table.add_column("stopped after", justify="right")
     for name in names:
         table.add_column(name, justify="right")
-    for setting in ranked[:limit]:
+    for setting in ranked[:MAX_ROWS]:
         done = [row for row in setting.rows if row.has_metrics]
         cells = [mean_and_std(setting, name, len(done)) for name in names]
         seeds = f"{len(done)}/{len(setting.rows)}" if len(done) < len(setting.rows) else str(len(done))
         where = [stop_of(setting)] if stops else []
         table.add_row(*(_plain(setting.values[key]) for key in keys), seeds, *where, *cells)
     console.print(table)
-    if len(ranked) > limit:
-        console.print(f"and {len(ranked) - limit} more in results.csv")
+    if len(ranked) > MAX_ROWS:
+        console.print(f"and {len(ranked) - MAX_ROWS} more in results.csv")
     for row in rows:
         if row.status == "failed":
             console.print(f"FAILED {row.name}: {row.error}", markup=False, highlight=False, soft_wrap=True)
