@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "vit_flax.precision": NUMERIC,
     "vit_flax.sharding": NUMERIC,
     "vit_flax.config": {"vit_flax.typing", "vit_flax.limits", "ml_collections"},
+    "vit_flax.signature": {"vit_flax.config", "vit_flax.limits"},
     "vit_flax.limits": set(),
     "vit_flax.signals": set(),
     "vit_flax.files": set(),

@@ -5,8 +5,9 @@ import pytest
 
 from tests.helpers import tiny_config
 from vit_flax.config import ConfigError
-from vit_flax.job import SECTIONS, build
+from vit_flax.job import build
 from vit_flax.limits import LIMITS, outside
+from vit_flax.sections import SECTIONS
 from vit_flax.update_rules import RULES
 
 

@@ -10,7 +10,7 @@ import pytest
 from vit_flax import files, workdir
 from vit_flax.config import ConfigError
 from vit_flax.data import SOURCES
-from vit_flax.job import SECTIONS
+from vit_flax.sections import SECTIONS
 
 CONFIG = {
     "run": {"seed": 0, "log_every_steps": 5},

@@ -1,25 +1,16 @@
-"""Reading a config: every section is the argument list of one callable, and its signature is the schema.
-
-A key that the callable does not take, one that it needs and does not get, and a value of another type than its
-annotation are `ConfigError`s that name the key, before anything expensive starts.
-"""
+"""Configs: nested dicts out of a Python file, their durations in steps, and the numbers that a sweep may vary."""
 
 import contextlib
-import difflib
-import inspect
 import math
 import os
-import re
 import runpy
 import traceback
-import types
-import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
-from vit_flax.limits import NOT_NEGATIVE, outside
+from vit_flax.limits import NOT_NEGATIVE
 
 if TYPE_CHECKING:  # expanding a sweep of a thousand points must not cost an import of JAX
     from vit_flax.typing import Array
@@ -95,46 +86,6 @@ def raised_in(file: str, error: BaseException | None) -> str | None:
     return None
 
 
-def check_names(
-    where: str, given: Iterable[str], known: Iterable[str], required: Iterable[str] = (), elsewhere: Iterable[str] = ()
-) -> None:
-    """Raises a ConfigError that lists the names that are unknown, each with the nearest known one, or missing.
-
-    Args:
-      where: what the names begin with, such as "optim.".
-      given: the names.
-      known: those that there are.
-      required: those that must be given.
-      elsewhere: dotted keys; one whose last part is an unknown name is the nearest.
-    """
-    given, known = list(given), list(known)
-    problems = []
-    for name in given:
-        if name not in known:
-            near = [key for key in elsewhere if key.endswith(f".{name}")] or difflib.get_close_matches(name, known, n=1)
-            problems.append(f"unknown key {where}{name}" + (f": did you mean {where}{near[0]}?" if near else ""))
-    problems += [f"missing key {where}{name}" for name in required if name not in given]
-    if problems:
-        raise ConfigError("\n".join([*problems, f"Keys of {where.rstrip('.') or 'the config'}: {', '.join(known)}."]))
-
-
-def check_sections(config: Mapping[str, Any]) -> None:
-    """Checks that sections are sections, and that evaluations have names that files and figures can bear."""
-    entries = {kind: config.get(kind) for kind in ("evals", "sinks")}
-    nested = {
-        f"{kind}.{k}": v for kind, names in entries.items() if isinstance(names, Mapping) for k, v in names.items()
-    }
-    for name, section in {**config, **nested}.items():
-        if not isinstance(section, Mapping):
-            raise ConfigError(f"{name}: expected a section with keys, found {section!r}.")
-    for name in config["evals"]:
-        if not re.fullmatch(r"[\w.-]*\w", name) or name == "train":
-            raise ConfigError(
-                f"evals.{name}: the name of an evaluation starts the names of its figures and of its files: use "
-                "letters, digits, '_', '-' and '.', and not 'train', which is the training itself."
-            )
-
-
 @contextlib.contextmanager
 def named(section: str) -> Iterator[None]:
     """Turns what a part says about its arguments into a ConfigError that names the section."""
@@ -144,103 +95,6 @@ def named(section: str) -> Iterator[None]:
         raise
     except (ValueError, TypeError, OSError, ArithmeticError) as error:
         raise ConfigError(f"{section}: {error}") from error
-
-
-def check_section(
-    name: str,
-    section: Mapping[str, Any],
-    schema: Callable[..., Any],
-    *,
-    supplied: Iterable[str] = (),
-    also: Callable[..., Any] | None = None,
-    extra: Iterable[str] = (),
-) -> None:
-    """Checks that a section could be passed to `schema` as its keyword arguments.
-
-    Args:
-      name: of the section, for messages.
-      section: keys and values.
-      schema: the callable whose signature is the schema.
-      supplied: arguments that the program passes itself; not allowed in the section.
-      also: a second callable, which gets what the first one takes as `**kwargs`.
-      extra: keys that the program itself reads.
-
-    Raises: ConfigError: unknown, missing or mistyped keys, values outside `limits.LIMITS`.
-    """
-    parameters = {
-        p.name: p
-        for function in (schema, also)
-        if function is not None
-        for p in inspect.signature(function).parameters.values()
-        if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name not in supplied
-    }
-    own = [p for p in inspect.signature(schema).parameters.values() if p.name in parameters]
-    required = [p.name for p in own if p.default is p.empty]
-    check_names(f"{name}.", section, [*parameters, *extra], [*required, *extra])
-    for key in parameters.keys() & section.keys():
-        value, expected = section[key], parameters[key].annotation
-        if expected is not inspect.Parameter.empty and not _fits(value, expected):
-            raise ConfigError(
-                f"{name}.{key}: expected {_in_words(expected)}, found {value!r} ({type(value).__name__})."
-            )
-    problems = [outside(name, key, value) for key, value in flatten(section).items()]
-    if any(problems):
-        raise ConfigError("\n".join(filter(None, problems)))
-
-
-def _in_words(annotation: Any) -> str:
-    """A type as a user would write it; an array or the number that may be traced in its place is "a number"."""
-    parts = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
-    words = []
-    for part in parts:
-        if _is_array(part) or part is complex:
-            continue
-        if _is_union(part):
-            words.append(_in_words(part))
-        elif part is type(None):
-            words.append("None")
-        elif typing.get_origin(part) is typing.Literal:
-            words += map(repr, typing.get_args(part))
-        else:
-            words.append(
-                part.__name__ if not typing.get_args(part) else re.sub(r"\b(typing|collections\.abc)\.", "", str(part))
-            )
-    return "a number" if {"int", "float", "bool"} <= {*words} else " or ".join(dict.fromkeys(words))
-
-
-def _is_union(annotation: Any) -> bool:
-    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
-
-
-def _is_array(annotation: Any) -> bool:
-    """Whether a type is the traced form of a number; a config holds plain numbers."""
-    words = re.findall(r"\w+", f"{annotation!r} {type(annotation)!r}")
-    return bool({"jax", "jaxlib", "jaxtyping", "numpy"} & {*words})
-
-
-def _fits(value: Any, annotation: Any) -> bool:
-    """Whether a config value fits an annotation made of built-in types; anything else is left to the callable."""
-    if annotation in (Any, inspect.Parameter.empty) or isinstance(annotation, str):
-        return True
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    if _is_union(annotation):
-        return any(_fits(value, a) for a in args)
-    if _is_array(annotation) or annotation is complex:
-        return False
-    if origin is typing.Literal:
-        return value in args
-    if annotation is type(None) or annotation is None:
-        return value is None
-    if annotation is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    base = origin or annotation
-    if base in (tuple, list) or (isinstance(base, type) and issubclass(base, typing.Sequence) and base is not str):
-        return isinstance(value, (tuple, list))
-    if base is dict or (isinstance(base, type) and issubclass(base, Mapping)):
-        return isinstance(value, Mapping)
-    return isinstance(value, base) if base in (str, bool) else True
 
 
 def in_steps(name: str, section: Mapping[str, Any], steps_per_epoch: float) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """From a config to the parts of a run: `build(config) -> Job`.
 
-The one place where configs and parts meet. Each section of a config is the argument list of one callable (`SECTIONS`),
-and each method of `Job` makes one part, in a notebook as in `train`.
+The one place where configs and parts meet. Each section of a config is the argument list of one callable
+(`sections.SECTIONS`), and each method of `Job` makes one part, in a notebook as in `train`.
 """
 
 import dataclasses
@@ -19,27 +19,14 @@ import numpy as np
 from vit_flax import peak, pictures, sharding, workdir
 from vit_flax.augment import augment, normalize
 from vit_flax.bad_steps import BadSteps
-from vit_flax.checkpoint import Checkpoints
 from vit_flax.checks import check_evaluations, check_logits
-from vit_flax.config import (
-    Config,
-    ConfigError,
-    bind,
-    check_names,
-    check_section,
-    check_sections,
-    flatten,
-    hparams_of,
-    in_steps,
-    named,
-    plain,
-)
+from vit_flax.config import Config, ConfigError, bind, flatten, hparams_of, named, plain
 from vit_flax.data import Ahead, Batches, Data, make_data
 from vit_flax.evals import EVALS
 from vit_flax.evals.hook import Evaluation, EvaluationHook
 from vit_flax.files import write_atomically
 from vit_flax.finetune import FromScratch, Init, Start, put_in
-from vit_flax.hooks import Every, Hook, Profile, check_profile_steps
+from vit_flax.hooks import Every, Hook, Profile
 from vit_flax.losses import LOSSES
 from vit_flax.models import make_model
 from vit_flax.models.flops import forward_flops
@@ -47,56 +34,15 @@ from vit_flax.models.vit import ViT
 from vit_flax.optim import ema_update, eval_params, make_optimizer
 from vit_flax.param_groups import ParameterGroup, layer_norms, parameter_groups
 from vit_flax.schedules import make_schedule
+from vit_flax.sections import SCHEDULES, Run, arguments, check_outline
 from vit_flax.signals import StopSignal
-from vit_flax.sinks import SINKS, Sink, check_installed
+from vit_flax.signature import check_section
+from vit_flax.sinks import SINKS, Sink
 from vit_flax.sinks.files import Files
 from vit_flax.step import TrainState, augment_key, classification, init_state, train_step
 from vit_flax.train_log import TrainLog
 from vit_flax.typing import PyTree
-from vit_flax.update_rules import RULES
 from vit_flax.writer import Writer
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """The `run` section.
-
-    Attributes:
-      seed: of the parameters, the data order and all randomness in training.
-      data_seed: of the data order and the randomness on the host alone; None for `seed`. With one, runs of several
-        seeds see the same batches, and a sweep can train them as one program.
-      total_steps: of the run; `total_epochs` in a config.
-      log_every_steps: length of the intervals over which training metrics are averaged.
-      accumulate_steps: a batch is cut into so many parts, to save memory.
-      ema_decay: of a moving average of the parameters, evaluated beside them; 0 for none.
-      ema_warmup: early steps keep less of the average, at most (1 + step) / (10 + step); DeiT's recipe does not.
-      log_layer_norms: also the norms of gradient and update of each block and of each module outside the blocks.
-      peak_tflops: of one device, for MFU: "known" (from a table; no MFU where the device is not in it), "measured" (at
-        the start) or a number. See `peak`.
-      profile_steps: number of the first and of the last step of a profiler trace, from 2 on; None for no trace.
-      max_skipped_steps: stops the run after so many steps in a row that were not finite.
-      dump_bad_batches: keeps so many of the batches of such steps in the workdir, to look at.
-    """
-
-    seed: int
-    total_steps: int
-    log_every_steps: int
-    data_seed: int | None = None
-    accumulate_steps: int = 1
-    ema_decay: float = 0.0
-    ema_warmup: bool = True
-    log_layer_norms: bool = False
-    peak_tflops: float | str = "known"
-    profile_steps: Sequence[int] | None = None
-    max_skipped_steps: int = 10
-    dump_bad_batches: int = 0
-
-    def __post_init__(self) -> None:
-        if self.log_every_steps < 1:
-            raise ValueError(f"{self.log_every_steps=} must be at least 1.")
-        peak.check(self.peak_tflops)
-        if self.profile_steps is not None:
-            check_profile_steps(self.profile_steps, self.total_steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -390,29 +336,6 @@ class Job:
         return hook
 
 
-# Section -> the callable whose signature is its schema (or a dict of them, by name), and the arguments that the
-# program supplies itself.
-SECTIONS: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "run": (Run, ()),
-    "data": (make_data, ()),
-    "model": (make_model, ("fields",)),
-    "augment": (augment, ("key", "images", "targets")),
-    "loss": (LOSSES, ("logits", "targets", "mask")),
-    "optim": (make_optimizer, ("total_steps",)),
-    "checkpoint": (Checkpoints, ("directory",)),
-    "evals": (EVALS, ("apply", "normalize", "batches", "put", "rows", "num_classes")),
-    "mesh": (sharding.make_mesh, ("devices",)),
-    "sinks": (SINKS, ("workdir", "start_step", "config")),
-    "init": (Init, ()),
-}
-# Of these, a section that happens every so often has exactly one (`every_epochs` becomes `every_steps`).
-SCHEDULES = ("every_steps", "every_secs")
-# Sections that a config may leave out. `metrics.jsonl` and `pictures/` are written without a sink.
-OPTIONAL = ("init", "mesh", "sinks")
-DEFAULT_MESH: dict[str, Any] = {}
-DEFAULT_SINKS: dict[str, dict[str, Any]] = {"csv": {}, "tensorboard": {}}
-
-
 def build(
     config: Config,
     devices: Sequence[Any] | None = None,
@@ -423,7 +346,7 @@ def build(
     """Checks a config and turns it into parts; reads headers of the data and one picture, compiles nothing.
 
     Args:
-      config: a ConfigDict or nested dicts, with the sections `SECTIONS`.
+      config: a ConfigDict or nested dicts, with the sections of `sections.SECTIONS`.
       devices: to run on; all there are where it is None.
       completed: what an earlier life of the run made of this config with a checkpoint (see `workdir.completed`).
       stop_after: training stops after this step; schedules are those of the whole run.
@@ -433,10 +356,8 @@ def build(
     if stop_after is not None and stop_after < 1:
         raise ConfigError(f"{stop_after=}: expected the number of a step, from 1 on, or None for the whole run.")
     written = plain(config)
-    config = {"mesh": DEFAULT_MESH} | plain(completed or config)
-    needed = [name for name in SECTIONS if name not in OPTIONAL]
-    check_names("", config, SECTIONS, required=needed, elsewhere=flatten(config))
-    check_sections(config)
+    config = {"mesh": {}} | plain(completed or config)
+    check_outline(config)
     with named("init"):
         start = _make_start(config)
         config = start.complete_data(config)
@@ -451,15 +372,7 @@ def build(
         )
     with named("init"):
         config = start.complete_model(config, data.class_names, image_shape)
-    steps_per_epoch = data.num_train / data.batch_size
-    given = {name: section for name, section in config.items() if name not in ("evals", "sinks")}
-    given |= {f"evals.{name}": section for name, section in config["evals"].items()}
-    sinks = config.get("sinks", DEFAULT_SINKS)
-    check_names("sinks.", sinks, SINKS)
-    given |= {f"sinks.{name}": section for name, section in sinks.items()}
-    sections = {name: in_steps(name, section, steps_per_epoch) for name, section in given.items()}
-    for name, section in sections.items():
-        _check(name, section)
+    sections = arguments(config, steps_per_epoch=data.num_train / data.batch_size)
     with named("run"):
         run = Run(**sections["run"])
     with named("mesh"):
@@ -516,27 +429,6 @@ def _make_start(config: Mapping[str, Any]) -> Start | FromScratch:
         return FromScratch()
     check_section("init", config["init"], Init)
     return Start(config["init"])
-
-
-def _check(name: str, section: Mapping[str, Any]) -> None:
-    """Checks one section against the callable that it is for."""
-    kind, _, key = name.partition(".")
-    schema, supplied = SECTIONS[kind]
-    extra: set[str] = set()
-    if kind in ("checkpoint", "evals"):
-        extra.add("every_secs" if "every_secs" in section else "every_steps")
-    if kind == "sinks":
-        schema = SINKS[key]
-        with named(name):
-            check_installed(key)
-    elif isinstance(schema, dict):  # the section names its callable
-        which = "name" if kind == "loss" else "type"
-        check_names(f"{name}.", [which] if which in section else [], [which], required=[which])
-        if section[which] not in schema:
-            raise ConfigError(f"{name}.{which}={section[which]!r} is unknown: expected one of {', '.join(schema)}.")
-        schema, extra = schema[section[which]], extra | {which}
-    rule = {"optim": RULES.get(section.get("name", "")), "model": ViT}.get(name)
-    check_section(name, section, schema, supplied=(*supplied, "parent"), also=rule, extra=extra)
 
 
 def _make_model(sections: Mapping[str, Mapping[str, Any]], data: Data) -> ViT:
