@@ -15,7 +15,7 @@ from vit_flax import ViT, checkpoint, load_pretrained, predict, save_pretrained
 from vit_flax.augment import normalize
 from vit_flax.config import ConfigError
 from vit_flax.convert import __main__ as command
-from vit_flax.convert.pretrained import open_checkpoint
+from vit_flax.convert.opened import open_checkpoint
 from vit_flax.convert.workdir import evaluation_of, preprocess_of
 from vit_flax.data.digits import read_digits
 from vit_flax.data.transforms import make_transform

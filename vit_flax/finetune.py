@@ -19,8 +19,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_flax.config import ConfigError
 from vit_flax.convert.describe import digest
+from vit_flax.convert.opened import Opened, open_checkpoint
 from vit_flax.convert.preprocess import Preprocess
-from vit_flax.convert.pretrained import Opened, load_opened, open_checkpoint
+from vit_flax.convert.pretrained import load_opened
 from vit_flax.convert.report import Report
 from vit_flax.convert.save import architecture
 from vit_flax.data.transforms import TRANSFORMS

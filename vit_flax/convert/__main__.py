@@ -17,7 +17,8 @@ from vit_flax.convert.arguments import print_no_more, regex, size, whole
 from vit_flax.convert.describe import describe, preprocessing, raw_table
 from vit_flax.convert.families import FAMILIES, GROUPS
 from vit_flax.convert.measure import check_files, measure
-from vit_flax.convert.pretrained import Pretrained, load_pretrained, open_checkpoint
+from vit_flax.convert.opened import open_checkpoint
+from vit_flax.convert.pretrained import Pretrained, load_pretrained
 from vit_flax.convert.save import save_pretrained
 from vit_flax.convert.source import open_source
 from vit_flax.convert.table import Spec

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from vit_flax.convert.opened import Opened
 from vit_flax.convert.preprocess import Preprocess
-from vit_flax.convert.pretrained import Opened
 from vit_flax.convert.save import architecture
 from vit_flax.convert.source import Source, Tensor
 from vit_flax.models import ViT
