@@ -14,7 +14,7 @@ PACKAGE = ROOT / "vit_flax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 NUMERIC = {"jax", "flax", "optax", "numpy", "ml_dtypes", "vit_flax.typing"}
-WIDE = NUMERIC | {"vit_flax.precision"}
+WIDE = NUMERIC | {"vit_flax.precision", "vit_flax.tree_paths"}
 # Module (or package) -> what it may import besides the standard library.
 MAY_IMPORT = {
     "vit_flax.models": NUMERIC | {"vit_flax.models"},
@@ -22,12 +22,13 @@ MAY_IMPORT = {
     "vit_flax.metrics": NUMERIC,
     "vit_flax.augment": NUMERIC,
     "vit_flax.optim": WIDE | {"vit_flax.schedules", "vit_flax.param_groups", "vit_flax.update_rules"},
-    "vit_flax.update_rules": NUMERIC | {"vit_flax.schedules", "vit_flax.param_groups"},
+    "vit_flax.update_rules": WIDE | {"vit_flax.schedules", "vit_flax.param_groups"},
     "vit_flax.schedules": NUMERIC,
     "vit_flax.param_groups": WIDE,
     "vit_flax.step": WIDE,
     "vit_flax.precision": NUMERIC,
-    "vit_flax.sharding": NUMERIC,
+    "vit_flax.tree_paths": NUMERIC,
+    "vit_flax.sharding": WIDE,
     "vit_flax.config": {"vit_flax.typing", "vit_flax.limits", "ml_collections"},
     "vit_flax.signature": {"vit_flax.config", "vit_flax.limits"},
     "vit_flax.limits": set(),
@@ -47,7 +48,7 @@ MAY_IMPORT |= {
     | {f"vit_flax.{beside}" for beside in ("step", "metrics", "sharding", "distributed", "sinks", "pictures", "files")}
     | {
         f"vit_flax.{beside}"
-        for beside in ("checkpoint_record", "checksums", "retention", "orbax_noise", "param_groups")
+        for beside in ("checkpoint_record", "checksums", "tree_paths", "retention", "orbax_noise", "param_groups")
     }
     | {"absl", "etils", "orbax", "rich", "PIL"}
     for name in MEASURES

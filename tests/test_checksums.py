@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vit_flax.checksums import by_path, checksums, differences, rows_of, shapes
+from vit_flax.checksums import checksums, differences, rows_of, shapes
+from vit_flax.tree_paths import by_path
 
 
 def one(array) -> int:

@@ -12,13 +12,14 @@ from jax.sharding import PartitionSpec as P
 
 from tests.helpers import spread_config
 from vit_flax import sharding
-from vit_flax.checksums import by_path, checksums, differences
+from vit_flax.checksums import checksums, differences
 from vit_flax.collectives import collectives
 from vit_flax.config import ConfigError
 from vit_flax.job import build
 from vit_flax.models.vit import ViT
 from vit_flax.optim import make_optimizer
 from vit_flax.step import init_state
+from vit_flax.tree_paths import by_path
 
 DEPTH, STEPS = 2, 5
 ONE = dict(data=1, fsdp=1, tensor=1)

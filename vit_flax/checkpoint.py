@@ -33,10 +33,11 @@ from vit_flax.checkpoint_record import (
     sealed,
     steps_in,
 )
-from vit_flax.checksums import by_path, checksums, differences, leaf_sums, rows_of, shapes
+from vit_flax.checksums import checksums, differences, leaf_sums, rows_of, shapes
 from vit_flax.files import write_atomically
 from vit_flax.orbax_noise import quieten
 from vit_flax.retention import Keep
+from vit_flax.tree_paths import by_path
 from vit_flax.typing import PyTree
 
 log = logging.getLogger(__name__)

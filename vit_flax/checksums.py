@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vit_flax.tree_paths import by_path
 from vit_flax.typing import Array, PyTree
 
 ABSENT = "absent"
@@ -47,12 +48,6 @@ def _leaf_sum(x: Array) -> Array:
 def checksums(tree: PyTree) -> dict[str, int]:
     """Path of each leaf -> its checksum."""
     return by_path(jax.tree.map(int, jax.device_get(leaf_sums(tree))))
-
-
-def by_path(tree: PyTree) -> dict[str, Any]:
-    """Path of each leaf, such as "params/head/kernel" -> the leaf."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def shapes(tree: PyTree) -> dict[str, list]:

@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from vit_flax import sharding
-from vit_flax.checksums import by_path
 from vit_flax.chips import CHIPS, GIB
 from vit_flax.collectives import Collective, collectives
 from vit_flax.config import ConfigError
 from vit_flax.job import Job, build
 from vit_flax.models.flops import forward_flops
+from vit_flax.tree_paths import by_path
 from vit_flax.typing import PyTree
 from vit_flax.writer import print_groups
 

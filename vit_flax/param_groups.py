@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from vit_flax.precision import wide
+from vit_flax.tree_paths import name_of
 from vit_flax.typing import Array, ArrayLike, PyTree
 
 KERNELS = (r"(.*/)?kernel",)
@@ -270,11 +271,6 @@ def _compile(pattern: Any, what: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except (re.error, TypeError) as error:
         raise ValueError(f"{what}: {pattern!r} is no regular expression ({error}).") from None
-
-
-def name_of(path: tuple) -> str:
-    """The name of a parameter, "blocks/norm1/scale", from its path in the tree."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _layers_above(path, x, depth: dict[str, int]) -> np.ndarray:

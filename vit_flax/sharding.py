@@ -15,6 +15,7 @@ from flax import linen as nn
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from vit_flax.tree_paths import by_path, name_of
 from vit_flax.typing import PyTree
 
 BATCH_AXES = ("data", "fsdp")  # a batch is cut over both: FSDP is data parallelism whose state is cut up too
@@ -107,7 +108,7 @@ def param_shardings(params: PyTree, mesh: Mesh | AbstractMesh) -> dict[str, Name
     Raises: ValueError: a mesh axis does not divide a dimension that it cuts; names all of them.
     """
     out, problems = {}, []
-    for path, leaf in _by_path(params):
+    for path, leaf in by_path(params).items():
         _, spec = spec_of(path, leaf.shape)
         problems += [
             f"  mesh.{axis}={mesh.shape[axis]} does not divide dimension {i} of {path} {list(leaf.shape)}"
@@ -137,17 +138,15 @@ def state_sharding(abstract: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
     Raises: ValueError: see `param_shardings`.
     """
     shardings = param_shardings(abstract.params, mesh)
-    shapes = {path: leaf.shape for path, leaf in _by_path(abstract.params)}
+    shapes = {path: leaf.shape for path, leaf in by_path(abstract.params).items()}
 
-    def one(path: str, leaf: Any) -> NamedSharding:
-        parts = path.split("/")
+    def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        parts = name_of(path).split("/")
         ends = ("/".join(parts[i:]) for i in range(len(parts)))
         param = next((end for end in ends if end in shapes), None)
         return shardings[param] if param and leaf.shape == shapes[param] else everywhere(mesh)
 
-    leaves, treedef = jax.tree.flatten(abstract)
-    paths = [path for path, _ in _by_path(abstract)]
-    return jax.tree.unflatten(treedef, [one(path, leaf) for path, leaf in zip(paths, leaves, strict=True)])
+    return jax.tree_util.tree_map_with_path(one, abstract)
 
 
 def data_shard(mesh: Mesh) -> tuple[int, int]:
@@ -225,8 +224,3 @@ def bytes_per_device(abstract: PyTree, shardings: PyTree) -> int:
         for leaf, sharding in pairs
         if not jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     )
-
-
-def _by_path(tree: PyTree) -> list[tuple[str, Any]]:
-    flat = jax.tree_util.tree_leaves_with_path(tree)
-    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in flat]

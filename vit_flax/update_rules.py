@@ -15,8 +15,9 @@ import numpy as np
 import optax
 from optax import contrib
 
-from vit_flax.param_groups import ParamGroups, any_match, name_of
+from vit_flax.param_groups import ParamGroups, any_match
 from vit_flax.schedules import Schedule
+from vit_flax.tree_paths import name_of
 from vit_flax.typing import ArrayLike, PyTree
 
 
