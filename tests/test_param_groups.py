@@ -126,8 +126,6 @@ def test_patterns_and_factors_that_make_no_sense_are_named(options, message):
 
 
 SECTION = {
-    "name": "adamw",
-    "weight_decay": 0.1,
     "decay_multipliers": [["head/.*", 2.0]],
     "layer_decay": 0.5,
     "lr_multipliers": [["head/.*", 10.0]],
@@ -137,7 +135,8 @@ SECTION = {
 
 @pytest.mark.parametrize("layout", [lambda p: p, to_loop], ids=["stacked", "loop"])
 def test_parameter_groups_say_what_happens(layout):
-    rows = parameter_groups(layout(full_params()), **SECTION)
+    params = layout(full_params())
+    rows = parameter_groups(params, make_groups(params, **SECTION), weight_decay=0.1)
     table = {(r.pattern, r.layers): (r.num_parameters, r.lr_factor, round(r.weight_decay, 6), r.frozen) for r in rows}
     kernels, vectors = "blocks/(attention|mlp)/.*kernel", "blocks/(attention|norm1)/.*(bias|scale)"
     per_layer = 4 * 6 + 6 * 4 + 4 * 6 + 6 * 4
@@ -161,7 +160,7 @@ def test_parameter_groups_show_patterns_that_match():
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, _ in jax.tree_util.tree_leaves_with_path(full_params())
     }
-    rows = parameter_groups(full_params(), weight_decay=0.0)
+    rows = parameter_groups(full_params(), make_groups(full_params()), weight_decay=0.0)
     assert all(any(re.fullmatch(row.pattern, name) for name in names) for row in rows)
     assert not any(row.weight_decay for row in rows)
 

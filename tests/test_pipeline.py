@@ -432,13 +432,13 @@ def test_ahead_pairs_batches_with_what_was_skipped_in_them():
     source, arguments = Fails(10, {3, 4}), {"transform": AsIs(), "batch_size": 5, "seed": 0, "on_error": "skip"}
     expected = [int((batch["skipped"] >= 0).sum()) for batch in with_skipped(train_batches(source, **arguments), 6)]
     assert sum(expected) == 6  # two bad records in each of three epochs
-    ahead = Ahead(train_batches(source, **arguments), put=lambda batch: batch["image"], put_count=float)
+    ahead = Ahead(train_batches(source, **arguments), put=lambda batch: batch["image"], count_skipped=True)
     found = []
     for _ in range(6):
         assert next(ahead).shape == (5, 1, 1, 2)
         found.append(ahead.counts)
     assert found == [{"skipped_records": count} for count in expected]
-    strict = Ahead(train_batches(Fails(10, set()), **arguments), put=len, put_count=None)
+    strict = Ahead(train_batches(Fails(10, set()), **arguments), put=len, count_skipped=False)
     next(strict)
     assert strict.counts == {}
 
@@ -452,7 +452,7 @@ def test_ahead_raises_only_when_the_bad_batch_is_asked_for():
     arguments = {"transform": AsIs(), "batch_size": 1, "seed": 0, "decode_once": False, "num_threads": 1}
     order = [int(batch["image"][0, 0, 0, 0]) for batch in take(train_batches(Fails(10, set()), **arguments), 10)]
     step, bad = next((step, row) for step, row in enumerate(order) if step >= 4 and row)  # row 0 is read at the start
-    ahead = Ahead(train_batches(Fails(10, {bad}), **arguments), put=len, put_count=None)
+    ahead = Ahead(train_batches(Fails(10, {bad}), **arguments), put=len, count_skipped=False)
     assert [next(ahead) for _ in range(step)] == [3] * step
     for _ in range(2):
         with pytest.raises((DecodeError, FileNotFoundError), match=f"row {bad}"):

@@ -134,7 +134,7 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["exit"]:
         import gc, jax
         gc.disable()  # else it may happen to run in time
-        ahead = Ahead(batches, lambda batch: jax.block_until_ready(jax.device_put(batch)), None)
+        ahead = Ahead(batches, lambda batch: jax.block_until_ready(jax.device_put(batch)), count_skipped=False)
         total = sum(int(next(ahead)["image"].sum()) for _ in range(3))
         del ahead, batches
         print("running", flush=True)

@@ -20,7 +20,6 @@ from vit_flax.chips import CHIPS, GIB
 from vit_flax.collectives import Collective, collectives
 from vit_flax.config import ConfigError
 from vit_flax.job import Job, build
-from vit_flax.models.flops import forward_flops
 from vit_flax.tree_paths import by_path
 from vit_flax.typing import PyTree
 from vit_flax.writer import print_groups
@@ -105,10 +104,11 @@ def _parameter_table(job: Job) -> Table:
 def _facts_table(job: Job) -> Table:
     h, w, c = job.data.image_shape
     ph, pw = job.model.patch_shape
-    flops = forward_flops(job.model, (h // ph, w // pw), channels=c)
     table = Table(show_header=False, box=None, title="Run", title_justify="left")
     table.add_row("image", f"{h}x{w}x{c}, {h // ph * (w // pw)} patches of {ph}x{pw}")
-    table.add_row("forward pass", f"{flops / 1e9:,.3f} GFLOP per image; a training step takes three times that")
+    table.add_row(
+        "forward pass", f"{job.forward_flops() / 1e9:,.3f} GFLOP per image; a training step takes three times that"
+    )
     table.add_row("examples", f"{job.data.num_train:,} for training, {job.data.num_classes} classes")
     epochs = job.run.total_steps * job.data.batch_size / job.data.num_train
     table.add_row("steps", f"{job.run.total_steps:,} of {job.data.batch_size} images = {epochs:,.1f} epochs")

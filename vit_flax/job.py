@@ -32,7 +32,7 @@ from vit_flax.models import make_model
 from vit_flax.models.flops import forward_flops
 from vit_flax.models.vit import ViT
 from vit_flax.optim import ema_update, eval_params, make_optimizer
-from vit_flax.param_groups import ParameterGroup, layer_norms, parameter_groups
+from vit_flax.param_groups import ParameterGroup, layer_norms, make_groups, parameter_groups
 from vit_flax.schedules import make_schedule
 from vit_flax.sections import SCHEDULES, Run, arguments, check_outline
 from vit_flax.signals import StopSignal
@@ -164,7 +164,8 @@ class Job:
 
     def parameter_groups(self, params: PyTree) -> list[ParameterGroup]:
         """The parameters (or their shapes) by how the optimiser treats them."""
-        return parameter_groups(params, **self.sections["optim"])
+        section = self.sections["optim"]
+        return parameter_groups(params, make_groups(params, **_taken_by(make_groups, section)), section["weight_decay"])
 
     @property
     def loss(self) -> Callable[..., Any]:
@@ -204,9 +205,7 @@ class Job:
     def train_batches(self, start_step: int) -> Ahead:
         """Batches on the devices from `start_step` on; one is always on its way while another is worked on."""
         put = partial(sharding.put_batch, mesh=self.mesh, global_batch_size=self.data.batch_size)
-        return Ahead(
-            self.host_batches(start_step), put, jnp.float32 if self.data.reading["on_error"] == "skip" else None
-        )
+        return Ahead(self.host_batches(start_step), put, count_skipped=self.data.reading["on_error"] == "skip")
 
     def draw(self, batch: dict[str, jax.Array], writer: Writer) -> None:
         """Gives the writer a picture of the first batch, as the first step augments it."""
@@ -214,11 +213,14 @@ class Job:
             return
         # Of several processes this one has its own rows only: an image's partner in a mix may be another one's.
         rows = batch if jax.process_count() == 1 else {k: sharding.local_rows(batch[k]) for k in ("image", "label")}
-        seen, targets = (array[:24] for array in self.augmented(rows, 0))
-        pixels = {k: np.asarray(self.sections["augment"][k], np.float32) for k in ("mean", "std")}
-        shown = np.clip(255 * (np.asarray(seen, np.float32) * pixels["std"] + pixels["mean"]), 0, 255).astype(np.uint8)
-        captions = [pictures.caption(row, self.data.class_names) for row in np.asarray(targets)]
-        writer.picture(1, "train/batch", pictures.grid(shown, captions))
+        images, targets = (np.asarray(array[:24]) for array in self.augmented(rows, 0))
+        captions = [pictures.caption(target, self.data.class_names) for target in targets]
+        writer.picture(1, "train/batch", pictures.grid(self.visible(images), captions))
+
+    def visible(self, images: np.ndarray) -> np.ndarray:
+        """The model's input as pixels, uint8: the inverse of `normalize`."""
+        mean, std = (np.asarray(self.sections["augment"][k], np.float32) for k in ("mean", "std"))
+        return np.clip(np.round((images * std + mean) * 255), 0, 255).astype(np.uint8)
 
     def augmented(self, batch: Mapping[str, Any], step: int) -> tuple[jax.Array, jax.Array]:
         """Images and targets as the step after `step` steps makes them of a batch; of its first part if it has any."""
@@ -238,8 +240,7 @@ class Job:
         for section in self.sections:
             kind, _, name = section.partition(".")
             if kind == "sinks":
-                takes = {k: v for k, v in supplied.items() if k in inspect.signature(SINKS[name]).parameters}
-                sinks[name] = partial(SINKS[name], **takes, **self.sections[section])
+                sinks[name] = partial(SINKS[name], **_taken_by(SINKS[name], supplied), **self.sections[section])
         return Writer(folder, sinks, start_step=start_step, total_steps=self.run.total_steps, quiet=quiet)
 
     def train_log(self, writer: Writer, open_interval: Mapping[str, Any]) -> TrainLog:
@@ -273,23 +274,26 @@ class Job:
 
     def learning_rates(self) -> np.ndarray:
         """The learning rate of each step of the run, before any factor per parameter."""
-        section = {k: v for k, v in self.sections["optim"].items() if k in inspect.signature(make_schedule).parameters}
+        section = _taken_by(make_schedule, self.sections["optim"])
         schedule = make_schedule(**section, total_steps=self.run.total_steps)
         return np.asarray(jax.jit(schedule)(np.arange(self.run.total_steps)))
 
     def facts(self) -> dict[str, Any]:
         """What the config does not say and a report wants to; JSON values."""
-        h, w, c = self.data.image_shape
-        ph, pw = self.model.patch_shape
         return {
             "total_steps": self.run.total_steps,
             "num_params": sum(leaf.size for leaf in jax.tree.leaves(self.param_shapes)),
-            "train_flops_per_image": 3 * forward_flops(self.model, (h // ph, w // pw), channels=c),
+            "train_flops_per_image": 3 * self.forward_flops(),
             "num_train_examples": self.data.num_train,
-            "image_shape": [h, w, c],
+            "image_shape": list(self.data.image_shape),
             "device_kind": jax.devices()[0].device_kind,
             "num_devices": jax.device_count(),
         }
+
+    def forward_flops(self) -> float:
+        """Floating-point operations of the logits of one image."""
+        (h, w, c), (ph, pw) = self.data.image_shape, self.model.patch_shape
+        return forward_flops(self.model, (h // ph, w // pw), channels=c)
 
     def evaluations(self, stop: StopSignal) -> dict[str, Evaluation]:
         """One for each entry of `evals`, in its order."""
@@ -394,6 +398,11 @@ def build(
     )
     _check_parts(job)
     return job
+
+
+def _taken_by(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of some keyword arguments that a function takes."""
+    return {k: v for k, v in arguments.items() if k in inspect.signature(function).parameters}
 
 
 def _check_parts(job: Job) -> None:

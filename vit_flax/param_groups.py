@@ -128,40 +128,14 @@ class ParameterGroup(NamedTuple):
     frozen: bool
 
 
-def parameter_groups(
-    params: PyTree,
-    *,
-    weight_decay: float | int,
-    decay_mask: Sequence[str] = KERNELS,
-    decay_multipliers: Sequence[Sequence[Any]] = (),
-    lr_multipliers: Sequence[Sequence[Any]] = (),
-    layer_decay: ArrayLike | None = None,
-    freeze: Sequence[str] = (),
-    train_last_blocks: int | None = None,
-    **_other_keys_of_the_section: Any,
-) -> list[ParameterGroup]:
-    """Lists how the `optim` section treats the parameters, the same for stacked blocks and for a loop of blocks.
+def parameter_groups(params: PyTree, groups: ParamGroups, weight_decay: float) -> list[ParameterGroup]:
+    """Lists how the parameters are treated, the same for stacked blocks and for a loop of blocks.
 
     Args:
         params: the parameters; only names and shapes are read.
+        groups: of them, by `make_groups`.
         weight_decay: with 0 nothing decays.
-        decay_mask: this and the next five as in `make_groups`.
-        decay_multipliers: pairs (pattern, factor).
-        lr_multipliers: pairs (pattern, factor).
-        layer_decay: factor of layer-wise learning-rate decay.
-        freeze: patterns of the parameters that stay as they are.
-        train_last_blocks: freezes the embeddings and all but so many blocks.
-        **_other_keys_of_the_section: the rest of the section, which `make_optimizer` checks.
     """
-    groups = make_groups(
-        params,
-        decay_mask=decay_mask,
-        decay_multipliers=decay_multipliers,
-        lr_multipliers=lr_multipliers,
-        layer_decay=layer_decay,
-        freeze=freeze,
-        train_last_blocks=train_last_blocks,
-    )
     layers: dict[str, list[tuple[int, int, float, float, bool]]] = {}  # name -> (layer, size, factor, decay, frozen)
     columns = (groups.factor, groups.decay, groups.trained)
     for (path, x), *cells in zip(jax.tree_util.tree_leaves_with_path(params), *map(jax.tree.leaves, columns)):

@@ -114,7 +114,7 @@ def cost(
     model, num_chips = _model(variant), data * fsdp
     state, params = _state_bytes(variant, fsdp, assumed.image_px), _num_params(variant, assumed.image_px)
     images = assumed.batch_size / num_chips
-    side = assumed.image_px // int(model.patch_size)  # pyright: ignore[reportArgumentType]
+    side = assumed.image_px // model.patch_shape[0]
     flops = forward_flops(model, (side, side)) * (4 if remat == "full" else 3) * images
     # FSDP gathers bfloat16 weights in the forward and in the backward pass, and scatters the sum of float32 gradients.
     of_others = (fsdp - 1) / fsdp
@@ -143,7 +143,7 @@ def cost(
 
 def _activation_bytes(model: ViT, chip: Chip, images: float, remat: str, assumed: Assumptions) -> float:
     """What the backward pass needs of the forward pass: of all blocks, or their inputs and one block."""
-    n = (assumed.image_px // int(model.patch_size)) ** 2 + model.num_prefix_tokens  # pyright: ignore
+    n = (assumed.image_px // model.patch_shape[0]) ** 2 + model.num_prefix_tokens
     block = n * model.width * assumed.activation_bytes
     if not chip.has_fused_attention:
         block += n * n * model.num_heads * assumed.attention_bytes

@@ -228,15 +228,15 @@ class Ahead(Iterator[Any]):
     Args:
       batches: to read from.
       put: brings a batch to the devices.
-      put_count: the same for a number; None where nothing is counted (on_error="raise").
+      count_skipped: whether records may be skipped (on_error="skip"), and are counted.
 
     Attributes:
       counts: to be logged with the metrics of the batch handed out last: "skipped_records", how many pictures of this
         process's share stand in for one that could not be read.
     """
 
-    def __init__(self, batches: Batches, put: Callable[[Batch], Any], put_count: Callable[[int], Any] | None):
-        self._batches, self._put, self._put_count = batches, put, put_count
+    def __init__(self, batches: Batches, put: Callable[[Batch], Any], *, count_skipped: bool):
+        self._batches, self._put, self._count_skipped = batches, put, count_skipped
         self._next = self._fetch()
         self.counts: dict[str, Any] = {}
 
@@ -253,7 +253,7 @@ class Ahead(Iterator[Any]):
         except Exception as error:  # of a batch that nobody has asked for yet, and that the last step never asks for
             return error
         skipped = self._batches.num_skipped - before
-        return batch, {} if self._put_count is None else {"skipped_records": self._put_count(skipped)}
+        return batch, {"skipped_records": skipped} if self._count_skipped else {}
 
 
 def _local_batch_size(batch_size: int, process_index: int, process_count: int) -> int:

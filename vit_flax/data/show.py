@@ -71,13 +71,12 @@ def _train_batch(job: Any, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
     batches = job.host_batches(step)
     images, targets = map(np.asarray, job.augmented(next(batches), step))
     batches.close()
-    return _visible(job, images), targets, images
+    return job.visible(images), targets, images
 
 
 def _eval_images(job: Any, max_images: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     import jax.numpy as jnp
 
-    from vit_flax.augment import normalize
     from vit_flax.data.read import Reader
 
     data = job.data
@@ -85,18 +84,11 @@ def _eval_images(job: Any, max_images: int) -> tuple[np.ndarray, np.ndarray, np.
     rows = np.linspace(0, len(data.eval_source) - 1, min(max_images, len(data.eval_source))).round().astype(int)
     examples = [example for example in (read(row, None) for row in rows.tolist()) if example["mask"]]
     images, labels = (np.stack([example[key] for example in examples]) for key in ("image", "label"))
-    settings = {key: job.sections["augment"][key] for key in ("mean", "std")}
-    pixels = normalize(jnp.asarray(images), **settings)
-    return images, _targets(labels, data.num_classes), np.asarray(pixels)
+    return images, _targets(labels, data.num_classes), np.asarray(job.normalize(jnp.asarray(images)))
 
 
 def _targets(labels: np.ndarray, num_classes: int) -> np.ndarray:
     return labels.astype(np.float32) if labels.ndim == 2 else np.eye(num_classes, dtype=np.float32)[labels]
-
-
-def _visible(job: Any, images: np.ndarray) -> np.ndarray:
-    mean, std = (np.asarray(job.sections["augment"][key], np.float32) for key in ("mean", "std"))
-    return np.clip(np.round((images * std + mean) * 255), 0, 255).astype(np.uint8)
 
 
 def _titled(title: str, grid: np.ndarray) -> Image.Image:
