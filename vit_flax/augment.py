@@ -85,7 +85,7 @@ def augment(
         images = random_shift(jax.random.fold_in(key, _CROP), images, pad_crop_px, pad_mode)
     if flip:
         images = random_flip(jax.random.fold_in(key, _FLIP), images)
-    x = normalize(images, mean=mean, std=std, dtype=jnp.float32)
+    x = normalize(images, mean=mean, std=std)
     if not _absent(erase_prob):
         x = random_erase(jax.random.fold_in(key, _ERASE), x, erase_prob, erase_area, erase_aspect, erase_fill)
     if not ((_absent(mixup_alpha) and _absent(cutmix_alpha)) or _absent(mix_prob)):
@@ -107,7 +107,6 @@ def normalize(
     *,
     mean: Sequence[float],
     std: Sequence[float],
-    dtype: Any = jnp.float32,
 ) -> Float[Array, "b h w c"]:
     """Maps pixels 0..255 to (pixel / 255 - mean) / std, computed in float32.
 
@@ -115,7 +114,6 @@ def normalize(
       images: pixels in units of 0..255.
       mean: in units of 0..1, one number or one per channel.
       std: the same.
-      dtype: dtype of the result.
     Raises: ValueError: the numbers do not fit the channels, or a std is not positive.
     """
     channels = images.shape[-1]
@@ -128,7 +126,7 @@ def normalize(
         raise ValueError(f"std must be positive, found {tuple(std)}")
     scale = np.broadcast_to(1 / (255 * np.asarray(std, np.float64)), (1, 1, 1, channels)).astype(np.float32)
     shift = np.broadcast_to(np.asarray(mean, np.float64) / np.asarray(std, np.float64), (1, 1, 1, channels))
-    return (images.astype(jnp.float32) * scale - shift.astype(np.float32)).astype(dtype)
+    return images.astype(jnp.float32) * scale - shift.astype(np.float32)
 
 
 def random_affine(

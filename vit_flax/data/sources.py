@@ -144,9 +144,8 @@ class Tfds:
 
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):
-            raise IndexError(
-                f"{index} is outside 0..{len(self) - 1} of {self!r}"
-            )  # a ValueError would not end a for loop
+            # Not a ValueError, which would not end a for loop.
+            raise IndexError(f"{index} is outside 0..{len(self) - 1} of {self!r}")
         record_id = f"{self.name}:{self.split}[{index}]"
         try:
             record = self._records[index]

@@ -230,7 +230,5 @@ def drop_path(x: Float[Array, "b n d"], rate: Float[Array, ""], key: Array) -> F
     """
     keep = 1.0 - rate
     kept = jax.random.bernoulli(key, keep, (x.shape[0], 1, 1))
-    scale = jnp.where(keep > 0, keep, 1.0).astype(
-        x.dtype
-    )  # the gradient of a branch that is never kept is 0, not 0 / 0
+    scale = jnp.where(keep > 0, keep, 1.0).astype(x.dtype)  # else a branch never kept has the gradient 0 / 0
     return jnp.where(kept, x / scale, jnp.zeros_like(x))

@@ -47,14 +47,8 @@ def parse(variant: str) -> dict[str, int]:
             f"Unknown model variant {variant!r}: expected <size>/<patch size in pixels>, such as 'B/16', "
             f"with a size out of {', '.join(SIZES)}."
         )
-    width, depth, mlp_dim, num_heads = SIZES[match[1]]
-    return {
-        "width": width,
-        "depth": depth,
-        "mlp_dim": mlp_dim,
-        "num_heads": num_heads,
-        "patch_size": int(match[2]),
-    }
+    sizes = dict(zip(("width", "depth", "mlp_dim", "num_heads"), SIZES[match[1]]))
+    return {**sizes, "patch_size": int(match[2])}
 
 
 def check_fields(given: Iterable[str], known: Iterable[str]) -> None:
