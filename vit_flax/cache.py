@@ -1,4 +1,4 @@
-"""Where the package keeps files between runs: compiled programs and prepared data sets."""
+"""Where compiled programs are kept between runs."""
 
 import os
 from pathlib import Path

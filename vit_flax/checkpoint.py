@@ -28,13 +28,12 @@ from vit_flax.checkpoint_record import (
     RECORD,
     RecordHandler,
     RecordSave,
-    as_json,
     read_record,
     sealed,
     steps_in,
 )
 from vit_flax.checksums import checksums, differences, leaf_sums, rows_of, shapes
-from vit_flax.files import write_atomically
+from vit_flax.files import as_json, write_atomically
 from vit_flax.orbax_noise import quieten
 from vit_flax.retention import Keep
 from vit_flax.tree_paths import by_path
@@ -198,10 +197,6 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         """Number of the newest checkpoint."""
         return self._manager.latest_step()
-
-    def best_step(self) -> int | None:
-        """Number of the checkpoint with the best metric."""
-        return self._policy.best(self._manager.all_steps())
 
     def restore(self, target: PyTree, *, identity: Mapping[str, Any]) -> Restored | None:
         """The newest state that is whole and belongs to this run; None if there is no checkpoint at all.

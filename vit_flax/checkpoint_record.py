@@ -21,6 +21,8 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import future
 
+from vit_flax.files import as_json
+
 RECORD = "record"  # the name of the item, and of the file in it
 
 
@@ -55,11 +57,6 @@ def sealed(record: Mapping[str, Any]) -> str:
     """The text of the file."""
     record = as_json(record)
     return json.dumps({"sha256": _digest(record), "record": record})
-
-
-def as_json(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record as it will be read: lists for tuples, strings for keys."""
-    return json.loads(json.dumps(record))
 
 
 class RecordHandler(ocp.JsonCheckpointHandler):

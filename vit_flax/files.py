@@ -1,7 +1,9 @@
-"""Writing files so that a kill, or a full disk, leaves the old one or the new one."""
+"""Writing files so that a kill, or a full disk, leaves the old one or the new one; and what JSON keeps of a value."""
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -12,3 +14,8 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(new, path)
+
+
+def as_json(value: Any) -> Any:
+    """The value as JSON gives it back: lists for tuples, strings for the keys of dicts."""
+    return json.loads(json.dumps(value))

@@ -24,7 +24,7 @@ from typing import Any
 
 from vit_flax.checksums import differences, rows_of
 from vit_flax.config import Config, ConfigError, flatten, plain
-from vit_flax.files import write_atomically
+from vit_flax.files import as_json, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def completed(workdir: Path, config: Config) -> Config | None:
     """
     try:
         record = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-        now = json.loads(json.dumps(plain(config)))
+        now = as_json(plain(config))
         if "init" not in record["given"] or _to_complete(record["given"]) != _to_complete(now):
             return None
         before = record["config"]
@@ -140,7 +140,7 @@ def claim(workdir: Path, config: Mapping[str, Any], *, given: Mapping[str, Any])
         check(workdir, config)
     record = {"config": config, "given": given, "versions": versions(), "git": git_state(), "command": sys.argv}
     if before is not None:
-        _warn_of_changes(before, json.loads(json.dumps(record)))
+        _warn_of_changes(before, as_json(record))
     write_atomically(workdir / "config.json", json.dumps(record, indent=2) + "\n")
 
 
@@ -184,7 +184,7 @@ def check(workdir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _changed(record: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    return differences(identity(record["config"]), identity(json.loads(json.dumps(config))))
+    return differences(identity(record["config"]), identity(as_json(config)))
 
 
 def _read(workdir: Path) -> dict[str, Any] | None:

@@ -32,6 +32,7 @@ from vit_flax.data import records, workers
 from vit_flax.data.decode import DecodeError, open_picture
 from vit_flax.data.read import OnError, checked_label
 from vit_flax.data.sources import Source, make_source, parse_source
+from vit_flax.files import write_atomically
 
 PLAN = "plan.json"  # what is being written; becomes records.json when it is complete
 MIN_SHARD_EXAMPLES = 512
@@ -263,9 +264,7 @@ def _note(shard: Path) -> Path:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    os.replace(part, path)
+    write_atomically(path, json.dumps(value, indent=1))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

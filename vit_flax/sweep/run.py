@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from vit_flax.config import ConfigError, flatten
-from vit_flax.files import write_atomically
+from vit_flax.files import as_json, write_atomically
 from vit_flax.signals import EXIT_PREEMPTED, exit_on_signals
 from vit_flax.sweep.points import Point, Sweep
 
@@ -180,7 +180,7 @@ def claim(workdir: Path, sweep: Sweep, search: Mapping[str, Any] | None = None) 
     path, base = workdir / "sweep.json", flatten(sweep.base.to_dict())
     if path.exists():
         there = json.loads(path.read_text(encoding="utf-8"))
-        if keys := _differing(there["base"], json.loads(json.dumps(base))):
+        if keys := _differing(there["base"], as_json(base)):
             raise ConfigError(
                 f"{workdir} holds a sweep of another base; it differs in {', '.join(keys[:8])}. "
                 "Choose another --workdir, or put the base back."
@@ -213,7 +213,7 @@ def write_result(folder: Path, point: Point, **entries: Any) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     content = {"name": point.name, "overrides": point.overrides, **entries}
     write_atomically(folder / RESULT, json.dumps(content, indent=2))
-    return json.loads(json.dumps(content))
+    return as_json(content)
 
 
 def pending(workdir: Path, sweep: Sweep) -> list[Point]:
