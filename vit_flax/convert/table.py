@@ -5,6 +5,7 @@ Names on our side are paths in the parameter tree with the blocks stacked, such 
 projection, a position table with a slot for the class token): each takes its part, and the writer puts them together.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -143,6 +144,20 @@ def convolution(patch_size: int | tuple[int, int], *, channels_last: bool = Fals
     if channels_last:
         return Op(lambda w: w, grouped)
     return Op(lambda w: w.transpose(2, 3, 1, 0), lambda ws: grouped(ws).transpose(3, 2, 0, 1))
+
+
+def renaming(*pairs: tuple[str, str]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """A `spell` that applies regular expressions to every name, in order."""
+
+    def spell(tensors: Mapping[str, Any]) -> dict[str, Any]:
+        spelled = {}
+        for name, tensor in tensors.items():
+            for pattern, replacement in pairs:
+                name = re.sub(pattern, replacement, name)
+            spelled[name] = tensor
+        return spelled
+
+    return spell
 
 
 def part(index: int, count: int, op: Op) -> Op:

@@ -5,14 +5,13 @@ token gets its position: in the table's first slot (google), or nowhere (big_vis
 """
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from vit_flax.convert.preprocess import Preprocess
 from vit_flax.convert.source import Source, Tensor
-from vit_flax.convert.table import SAME, Family, Row, Spec, convolution, positions
+from vit_flax.convert.table import SAME, Family, Row, Spec, convolution, positions, renaming
 from vit_flax.models import ViT
 
 _TABLE_GOOGLE = "Transformer/posembed_input/pos_embedding"
@@ -20,20 +19,18 @@ _TABLE_BIG_VISION = "pos_embedding"
 _BLOCK = "Transformer/encoderblock_{i}/"
 
 # Roots of training checkpoints and of the image tower in a pair, and the numbering of modules before Linen.
-_SPELLINGS = [
+_linen_names = renaming(
     (r"^(opt/target/|params/)+", ""),
     (r"^img/", ""),
     (r"MultiHeadDotProductAttention_1/", "MultiHeadDotProductAttention_0/"),
     (r"LayerNorm_2/", "LayerNorm_1/"),
     (r"MlpBlock_3/", "MlpBlock_0/"),
-]
+)
 
 
 def _spell(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        for pattern, replacement in _SPELLINGS:
-            name = re.sub(pattern, replacement, name)
+    for name, tensor in _linen_names(tensors).items():
         if name.startswith("Transformer/encoderblock/"):  # scanned: the blocks are stacked on the first axis
             out |= _unstack(name.replace("encoderblock/", "encoderblock_{i}/"), tensor)
         else:

@@ -5,13 +5,12 @@ and number of heads are not in the weights: without config.json such a file cann
 has the default of its class, as in the library, which writes differences only.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vit_flax.convert.preprocess import Preprocess
 from vit_flax.convert.resample import Grid
-from vit_flax.convert.source import CONFIG, PREPROCESSOR, Source, Tensor
+from vit_flax.convert.source import CONFIG, PREPROCESSOR, Source
 from vit_flax.convert.table import Outgoing
 from vit_flax.models.patches import both_sides
 
@@ -29,20 +28,6 @@ ACTIVATIONS = {
     "swish": "silu",
 }
 _FILTERS = {2: "bilinear", 3: "bicubic"}  # the numbers are Pillow's
-
-
-def renaming(*pairs: tuple[str, str]) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
-    """A `spell` that applies regular expressions to every name, in order."""
-
-    def spell(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        spelled = {}
-        for name, tensor in tensors.items():
-            for pattern, replacement in pairs:
-                name = re.sub(pattern, replacement, name)
-            spelled[name] = tensor
-        return spelled
-
-    return spell
 
 
 def recognise(types: Sequence[str], *, present: Sequence[str], absent: Sequence[str] = ()) -> Callable[[Source], bool]:

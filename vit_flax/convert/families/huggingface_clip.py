@@ -16,7 +16,6 @@ from vit_flax.convert.families.huggingface import (
     read_preprocess,
     read_probabilities,
     recognise,
-    renaming,
     require_square,
     write_fields,
     write_files,
@@ -37,6 +36,7 @@ from vit_flax.convert.table import (
     linear,
     norm,
     positions,
+    renaming,
 )
 from vit_flax.models import ViT
 

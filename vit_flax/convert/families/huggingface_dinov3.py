@@ -12,7 +12,6 @@ from vit_flax.convert.families.huggingface import (
     read_fields,
     read_preprocess,
     recognise,
-    renaming,
     write_fields,
     write_files,
 )
@@ -27,6 +26,7 @@ from vit_flax.convert.table import (
     convolution,
     linear,
     norm,
+    renaming,
 )
 from vit_flax.models import ViT
 

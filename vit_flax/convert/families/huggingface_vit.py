@@ -19,7 +19,6 @@ from vit_flax.convert.families.huggingface import (
     read_preprocess,
     read_probabilities,
     recognise,
-    renaming,
     require_square,
     write_fields,
     write_files,
@@ -38,6 +37,7 @@ from vit_flax.convert.table import (
     linear,
     norm,
     positions,
+    renaming,
 )
 from vit_flax.models import ViT
 

@@ -17,25 +17,21 @@ import numpy as np
 from vit_flax.convert.families import timm_table
 from vit_flax.convert.preprocess import IMAGENET, Preprocess
 from vit_flax.convert.source import CONFIG, Source, Tensor
-from vit_flax.convert.table import Family, Spec
+from vit_flax.convert.table import Family, Spec, renaming
 
-_NAMES = {  # theirs -> timm's
-    r"^(register_tokens|storage_tokens)$": "reg_token",
-    r"\.mlp\.w12\.": ".mlp.fc1.",
-    r"\.mlp\.w1\.": ".mlp.fc1_g.",
-    r"\.mlp\.w2\.": ".mlp.fc1_x.",
-    r"\.mlp\.w3\.": ".mlp.fc2.",
-}
+_timm_names = renaming(
+    (r"^(register_tokens|storage_tokens)$", "reg_token"),
+    (r"\.mlp\.w12\.", ".mlp.fc1."),
+    (r"\.mlp\.w1\.", ".mlp.fc1_g."),
+    (r"\.mlp\.w2\.", ".mlp.fc1_x."),
+    (r"\.mlp\.w3\.", ".mlp.fc2."),
+)
 _MASK = ".attn.qkv.bias_mask"
 _PERIODS = "rope_embed.periods"
 
 
 def _spell(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    out: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        for pattern, replacement in _NAMES.items():
-            name = re.sub(pattern, replacement, name)
-        out[name] = tensor
+    out = _timm_names(tensors)
     for mask in [name for name in out if name.endswith(_MASK)]:
         fused = mask.removesuffix("_mask")
         out |= _query_and_value_bias(out.pop(fused), out.pop(mask), fused.removesuffix("qkv.bias"))

@@ -7,7 +7,6 @@ resizes the position table otherwise than timm does, PyTorch does that here.
 
 import copy
 import json
-import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from vit_flax.convert.parity.case import Case, Reference, random_tensor
 from vit_flax.convert.parity.timm import fill, import_timm, reference_of
 from vit_flax.convert.resample import Grid
+from vit_flax.convert.table import renaming
 
 State = dict[str, Any]
 
@@ -78,15 +78,6 @@ def _resize(table: Any, old: Grid, new: Grid, *, antialias: bool, offset: float)
     return torch.cat([table[:, :slots].detach(), grid.flatten(2).transpose(1, 2)], dim=1)
 
 
-def _replace(state: State, names: dict[str, str]) -> State:
-    out = {}
-    for name, tensor in state.items():
-        for pattern, replacement in names.items():
-            name = re.sub(pattern, replacement, name)
-        out[name] = tensor
-    return out
-
-
 def _random(rng: np.random.Generator, *shape: int) -> Any:
     import torch
 
@@ -102,7 +93,7 @@ def _dinov2(state: State, rng: np.random.Generator) -> State:
     gated = state["blocks.0.mlp.fc1.weight"].shape[0] == 2 * state["blocks.0.mlp.fc2.weight"].shape[1]
     names = {"^reg_token$": "register_tokens"}
     names |= {r"mlp\.fc1\.": "mlp.w12.", r"mlp\.fc2\.": "mlp.w3."} if gated else {}
-    return _replace(state, names) | {"mask_token": _random(rng, 1, width)}
+    return renaming(*names.items())(state) | {"mask_token": _random(rng, 1, width)}
 
 
 def _dinov3(state: State, rng: np.random.Generator, *, periods: str) -> State:
@@ -119,7 +110,7 @@ def _dinov3(state: State, rng: np.random.Generator, *, periods: str) -> State:
         state[f"{fused}_mask"] = torch.cat([keep, 0 * keep, keep])
     head_dim = width // 2 if width == _TINY["embed_dim"] else 64
     waves = 100.0 ** (torch.arange(head_dim // 4) * 4 / head_dim)
-    return _replace(state, names) | {
+    return renaming(*names.items())(state) | {
         "mask_token": _random(rng, 1, width),
         "rope_embed.periods": waves.to(getattr(torch, periods)),
         "local_cls_norm.weight": _random(rng, width),
@@ -133,7 +124,7 @@ def _mae(state: State, rng: np.random.Generator, *, decoder: bool) -> State:
 
 
 def _deit3(state: State, rng: np.random.Generator) -> State:
-    return _replace(state, {r"ls(\d)\.gamma": r"gamma_\1"})
+    return renaming((r"ls(\d)\.gamma", r"gamma_\1"))(state)
 
 
 def _concatenate(tensors: list[Any], axis: int) -> Any:
