@@ -100,8 +100,8 @@ def named(section: str) -> Iterator[None]:
 def in_steps(name: str, section: Mapping[str, Any], steps_per_epoch: float) -> dict[str, Any]:
     """The section with every duration `<x>_epochs` turned into `<x>_steps`, to the nearest step.
 
-    Distances (`every_epochs`) are rounded up, so that n of them do not end a step or two before n times as many epochs:
-    what is due at the end of a run would be done twice. `keep_every_epochs` is a multiple of that of saves.
+    Distances (`every_epochs`) are rounded up. Rounded down, the last one might end a step or two before the run does,
+    and what is due at the end would be done twice. `keep_every_epochs` becomes a multiple of the distance of saves.
 
     Raises: ConfigError: one duration given in both units, or one that is no number of epochs.
     """

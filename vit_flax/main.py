@@ -57,7 +57,7 @@ _TOPOLOGY = flags.DEFINE_string(
 
 
 def main(argv: list[str]) -> None:
-    """Runs one mode; what the user can put right ends with a message and exit code 2, without a traceback."""
+    """Runs one mode; an error that the user can fix ends with a message and exit code 2, without a traceback."""
     exit_on_signals()
     if len(argv) > 1:
         stop(

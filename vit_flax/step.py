@@ -74,7 +74,7 @@ def init_state(
 
 
 def augment_key(key: Array, step: Any, accumulate_steps: int = 1) -> Array:
-    """The key by which `train_step` and `classification` augment a batch; its first part where they accumulate.
+    """The key that `train_step` with `classification` augments a batch by; of its first part, if it is cut into parts.
 
     Args:
       key: of the state.

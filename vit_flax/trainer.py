@@ -50,7 +50,7 @@ def train(
 
 
 def train_job(job: Job, workdir_path: str | Path, stop: StopSignal) -> tuple[TrainState, dict[str, float]]:
-    """`train` for a job that is built, and perhaps changed, already."""
+    """As `train`, for a job that is built already (and perhaps changed)."""
     folder = workdir.path(workdir_path)
     with workdir.lock(folder) if distributed.is_main() else nullcontext():
         if distributed.is_main():
@@ -145,7 +145,7 @@ class Loop:
         self._bad_steps.flush()
 
     def _evaluate(self) -> None:
-        """Runs the evaluations that are due; of those that a signal cut short, the rest."""
+        """Runs the evaluations that are due; only the rest of them, where a signal has cut them short before."""
         done = {name.partition("/")[0] for name in self._found}
         for name, evaluation in self._evaluations.items():
             if name not in done:
@@ -186,7 +186,7 @@ class Loop:
 
 
 def evaluate(config: Config, workdir_path: str | Path) -> dict[str, float]:
-    """Evaluates the newest checkpoint of a workdir, which may be training meanwhile.
+    """Evaluates the newest checkpoint of a run, which may still be training.
 
     Raises: FileNotFoundError: there is none. Otherwise as `train`.
     """

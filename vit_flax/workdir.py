@@ -97,8 +97,8 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
 def completed(workdir: Path, config: Config) -> Config | None:
     """What an earlier life of the run made of the same config with a checkpoint; None if there was no such life.
 
-    The same but for what may change: that is as it is given now. So a run that started from a checkpoint goes on, and
-    is evaluated, without it.
+    Keys that may change have the values that they are given now. So a run that started from a checkpoint can go on, and
+    be evaluated, without that checkpoint.
     """
     try:
         record = json.loads((workdir / "config.json").read_text(encoding="utf-8"))

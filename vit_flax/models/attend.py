@@ -40,14 +40,14 @@ def _cudnn(q: Array, k: Array, v: Array) -> Array:
 
 
 def _fused(q: Array, k: Array, v: Array) -> Array:
-    """The kernel of cuDNN, of even numbers of queries and keys: with a class token they are odd.
+    """The kernel of cuDNN, padded to even numbers of queries and keys: with a class token they are odd.
 
-    For odd numbers JAX refuses the backward pass, as if there were a bias (jax 0.10 to 0.12 at least; cuDNN cannot do
-    those). What is added to make them even is masked by the lengths.
+    For odd numbers JAX refuses the backward pass, as it does where there is a bias (jax 0.10 to 0.12 at least). The
+    padding is masked by the lengths.
     """
     queries, keys, lengths = q.shape[1], k.shape[1], {}
     if queries % 2 or keys % 2:
-        # They depend on q, so that under vmap every member has its own: JAX's rule for batches cannot do without.
+        # The lengths depend on q, so that under vmap every member has its own: JAX's batching rule needs that.
         one = q[:, 0, 0, 0] == 0
         lengths["query_seq_lengths"] = jnp.where(one, jnp.int32(queries), jnp.int32(queries))
         lengths["key_value_seq_lengths"] = jnp.where(one, jnp.int32(keys), jnp.int32(keys))

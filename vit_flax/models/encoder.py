@@ -58,9 +58,9 @@ class Encoder(nn.Module):
           rotation: of queries and keys, or None.
           reads: how many tokens the pooling reads, from the first on; None for all.
 
-        Returns: the tokens; those that the pooling reads; and every block's outputs, stacked on a leading axis [l]. Of
-          the other tokens the last block computes keys and values, and the rest only if somebody reads it (separately:
-          in training, dropout and drop-path draw for them anew).
+        Returns: the tokens; those that the pooling reads; and every block's outputs, stacked on a leading axis [l]. For
+          the tokens that the pooling does not read, the last block computes keys and values; the rest is computed
+          apart, and only if somebody reads it (so that in training dropout and drop-path draw new numbers for it).
         """
         remat = self.remat
         if remat == "auto":
@@ -70,8 +70,8 @@ class Encoder(nn.Module):
         # twelve unrolled blocks it does not, and they compile as fast (a program then holds up to 24).
         unroll = self.unroll or (min(self.depth, 12) if jax.default_backend() == "gpu" else 1)
 
-        # Where not all tokens are read, the last block goes by itself. The others then find their parameters by number:
-        # the stacks without the last block would be copies of nearly all parameters.
+        # Where not all tokens are read, the last block is applied by itself. The others then look up their parameters
+        # by number: to scan over stacks without the last layer would copy nearly all parameters.
         first = self.depth if reads is None or self.is_initializing() else self.depth - 1
         by_number = self.scan and first < self.depth
 

@@ -82,7 +82,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-SAVED = "saved"  # by this name, rules of rematerialisation speak of what `saved` and `mark` were given
+SAVED = "saved"  # the name that rules of rematerialisation have for what `saved` and `mark` were given
 
 
 def mark(x: Array) -> Array:
@@ -94,7 +94,7 @@ def mark(x: Array) -> Array:
 def saved(x: Array) -> Array:
     """The array itself; rules of rematerialisation may have it kept for the backward pass, in the form of `keep`.
 
-    What that form is on CPUs, whole numbers, has no derivative: hence the rule of our own.
+    On CPUs that form may be whole numbers, which have no derivative: hence a rule of our own.
     """
     return mark(x)
 

@@ -48,7 +48,8 @@ class ViT(nn.Module):
       rope: "dinov3" or "eva" to rotate queries and keys by position (may be combined with `posemb`); None for none.
       class_token: whether a learned token is put in front; None for "if the pooling reads it".
       class_token_position: whether that token has a learned position of its own, as in equation (1) of the paper
-        (`learned` positions only). It adds nothing to what the model can express; it is the published parameter count.
+        (`learned` positions only). It adds nothing to what the model can express, but makes the parameter count the
+        published one.
       dist_token: a second learned token, read by the pooling "tok_dist" (arXiv:2012.12877).
       registers: number of learned tokens that nothing reads (arXiv:2309.16588).
       pre_norm: a LayerNorm in front of the first block (CLIP).
@@ -195,8 +196,8 @@ class ViT(nn.Module):
             features    [b, d]        pooled
             pre_logits  [b, r]        input of the head
             heads       logits of `token` and `dist` where the pooling is "tok_dist", else empty
-          What nobody reads costs nothing under jit; neither does what the last block would compute for tokens that the
-          pooling does not read: a twelfth of a B/16's arithmetic, its keys and values excepted.
+          What nobody reads costs nothing under jit. That includes what the last block computes for tokens that the
+          pooling does not read, except keys and values: nearly a twelfth of a B/16's arithmetic.
 
         Raises:
           ValueError: the patch does not divide the image, a sequence has no known grid, or the input is no picture.
