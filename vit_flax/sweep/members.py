@@ -88,7 +88,6 @@ def train_members(
     points: Sequence[Point],
     workdir: Path,
     *,
-    side_by_side: bool | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
     """Trains a group of points as one program, and notes their results as `run_point` does.
@@ -97,7 +96,6 @@ def train_members(
       points: of one group.
       workdir: of the sweep. The stacked state is kept in `groups/`; a member's folder gets what its solo run writes,
         with the last checkpoint.
-      side_by_side: `vmap` on each device instead of `lax.map`; None chooses by the backend.
       say: takes a line now and then.
 
     Raises:
@@ -108,7 +106,7 @@ def train_members(
         raise ConfigError("These points differ in more than numbers and cannot be one program.")
     with StopSignal() as stop:
         jobs = [build(point.config, devices=jax.devices()[:1]) for point in points]
-        run = _Run(jobs, points, workdir, stop, say, side_by_side=side_by_side)
+        run = _Run(jobs, points, workdir, stop, say)
         with folders.lock(run.folder), Checkpoints(str(run.folder / "checkpoints"), keep_last=1) as checkpoints:
             run.train(checkpoints)
     if not run.finished:
@@ -141,8 +139,6 @@ class _Run:
         workdir: Path,
         stop: StopSignal,
         say: Callable[[str], None],
-        *,
-        side_by_side: bool | None,
     ):
         self._job, self._jobs, self._points = jobs[0], jobs, points
         self._workdir, self._stop, self._say = workdir, stop, say
@@ -157,7 +153,6 @@ class _Run:
         self._mesh = Mesh(np.asarray(devices), ("member",), axis_types=(AxisType.Auto,))
         self._cut = NamedSharding(self._mesh, PartitionSpec("member"))
         self._everywhere = NamedSharding(self._mesh, PartitionSpec())
-        self._side_by_side = jax.default_backend() != "cpu" if side_by_side is None else side_by_side
 
     @property
     def finished(self) -> bool:
@@ -225,9 +220,9 @@ class _Run:
         step = self._job.step()
 
         def on_a_device(states: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
-            if self._side_by_side:
-                return jax.vmap(step, in_axes=(0, None))(states, batch)
-            return jax.lax.map(lambda state: step(state, batch), states)
+            if jax.default_backend() == "cpu":
+                return jax.lax.map(lambda state: step(state, batch), states)
+            return jax.vmap(step, in_axes=(0, None))(states, batch)
 
         cut, everywhere = PartitionSpec("member"), PartitionSpec()
         spread = jax.shard_map(
