@@ -37,6 +37,8 @@ PRELOAD = (
     "sklearn.datasets",
 )
 
+WAIT_SECS, END_SECS = 120, 300  # for something to happen in a life, and for its end
+
 
 def small_config(total_steps: int) -> dict[str, Any]:
     """Digits on two narrow blocks, with everything that a resumed run could lose: average, dropout, best checkpoint."""
@@ -90,9 +92,9 @@ class Life:
         """Whether the process has printed this."""
         return self.output.exists() and text in self.output.read_text(encoding="utf-8", errors="replace")
 
-    def wait_until(self, condition: Callable[[], bool], timeout_secs: float = 120.0) -> bool:
+    def wait_until(self, condition: Callable[[], bool]) -> bool:
         """Waits for something, or for the end of the process; whether it happened."""
-        deadline = time.monotonic() + timeout_secs
+        deadline = time.monotonic() + WAIT_SECS
         while time.monotonic() < deadline:
             if condition():
                 return True
@@ -106,9 +108,9 @@ class Life:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process.pid, number)
 
-    def end(self, timeout_secs: float = 300.0) -> int:
+    def end(self) -> int:
         """Waits for the end; the exit status, or minus the number of the signal."""
-        self.process.join(timeout_secs)
+        self.process.join(END_SECS)
         if self.process.exitcode is None:
             self.send(signal.SIGKILL)
             raise TimeoutError(f"Process {self.process.pid} did not end:\n{self.last_words()}")

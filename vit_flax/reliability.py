@@ -18,7 +18,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +28,7 @@ from vit_flax.lives import Life, Lives, Reference, changed, keep_compiled_progra
 from vit_flax.models.vit import ViT
 from vit_flax.optim import make_optimizer
 from vit_flax.signals import EXIT_PREEMPTED
-from vit_flax.step import init_state
+from vit_flax.step import TrainState, init_state
 
 TOTAL_STEPS = 240
 
@@ -273,17 +272,20 @@ def save_time(lives: Lives, reference: Reference, rng: random.Random, count: int
         )
 
 
-def _s16_state() -> Any:
+def _s16_state() -> TrainState:
     model, image = ViT.from_variant("S/16", num_classes=1000), jnp.zeros((1, 224, 224, 3))
     optimizer = make_optimizer(
         name="adamw", lr=1e-3, weight_decay=0.1, schedule="constant", warmup_steps=0, total_steps=1
     )
-    init = lambda: init_state(  # noqa: E731
-        jax.random.key(0),
-        init=lambda key: model.init(key, image, train=False)["params"],
-        optimizer=lambda _: optimizer,
-        hparams={"run.ema_decay": jnp.float32(0.999)},
-    )
+
+    def init() -> TrainState:
+        return init_state(
+            jax.random.key(0),
+            init=lambda key: model.init(key, image, train=False)["params"],
+            optimizer=lambda _: optimizer,
+            hparams={"run.ema_decay": jnp.float32(0.999)},
+        )
+
     return jax.block_until_ready(jax.jit(init)())
 
 

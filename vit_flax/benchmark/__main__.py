@@ -140,7 +140,7 @@ def compare_group(cases: list[Case]) -> list[dict[str, Any]]:
         for case in measured
     ]
     for row in rows:
-        report.print_json(row, **more)
+        print(json.dumps({**row, **more}), flush=True)
     return rows
 
 
@@ -233,8 +233,12 @@ def largest_that(fits: Callable[[int], bool], start: int) -> int:
 
 def with_underscores(argv: list[str]) -> list[str]:
     """`--find-batch` as `--find_batch`: absl knows one spelling."""
-    names = [a.partition("=") for a in argv]
-    return ["".join([n.replace("-", "_").replace("__", "--", 1) if n.startswith("--") else n, *r]) for n, *r in names]
+
+    def spelled(argument: str) -> str:
+        name, equals, value = argument.partition("=")
+        return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else argument
+
+    return [spelled(argument) for argument in argv]
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
-"""Rows of figures, as JSON lines and as a Markdown table."""
+"""Rows of figures, and a Markdown table of them."""
 
-import json
 import statistics
-from collections.abc import Mapping
 from typing import Any
 
 from vit_flax.benchmark import measure
@@ -55,11 +53,6 @@ def row(
         "compile_seconds": round(compile_seconds, 2),
         "program_mib": None if memory_bytes is None else round(memory_bytes / MIB, 1),
     }
-
-
-def print_json(row: Mapping[str, Any], **more: Any) -> None:
-    """One line."""
-    print(json.dumps({**row, **more}), flush=True)
 
 
 COLUMNS = {  # heading -> the figures in it
