@@ -14,8 +14,11 @@ def get_config() -> ConfigDict:
     """The main job."""
     config = ConfigDict()
     config.run = dict(
-        seed=0, data_seed=None, total_epochs=110.0, log_every_steps=100
-    )  # data_seed: for sweeps over seeds
+        seed=0,
+        data_seed=None,  # for sweeps over seeds
+        total_epochs=110.0,
+        log_every_steps=100,
+    )
     config.data = dict(
         source=dict(name="digits"),
         train_split="train",

@@ -114,9 +114,8 @@ def print_groups(console: Console, groups: Sequence[ParameterGroup]) -> None:
     rows: list[tuple[str, ...]] = [("parameters", "layers", "number", "lr x", "weight decay")]
     for group in groups:
         low, high = (f"{factor:.3g}" for factor in group.lr_factor)
-        treated = (
-            ("frozen", "") if group.frozen else (low if low == high else f"{low} to {high}", f"{group.weight_decay:g}")
-        )
+        lr_factor = low if low == high else f"{low} to {high}"
+        treated = ("frozen", "") if group.frozen else (lr_factor, f"{group.weight_decay:g}")
         rows.append((group.pattern, group.layers, f"{group.num_parameters:,}", *treated))
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:

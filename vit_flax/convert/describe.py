@@ -88,11 +88,10 @@ def raw_table(source: Source) -> str:
 
 def _lines(groups: Mapping[str, Sequence[Tensor]]) -> Iterator[tuple[str, ...]]:
     for pattern, tensors in groups.items():
-        dtypes, shapes = (
-            {str(v) for v in values} for values in ((t.dtype for t in tensors), (list(t.shape) for t in tensors))
-        )
+        dtypes = sorted({str(t.dtype) for t in tensors})
+        shapes = sorted({str(list(t.shape)) for t in tensors})
         count = f"x{len(tensors)}" if len(tensors) > 1 else ""
-        yield pattern, count, " or ".join(sorted(dtypes)), " or ".join(sorted(shapes))
+        yield pattern, count, " or ".join(dtypes), " or ".join(shapes)
 
 
 def _columns(lines: Iterable[Sequence[str]]) -> str:
