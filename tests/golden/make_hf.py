@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from vit_flax.convert import load_pretrained, save_pretrained
-from vit_flax.convert.parity.huggingface import CASES, open_exported
+from vit_flax.convert.parity.huggingface import CASES
 from vit_flax.convert.source import CONFIG, PREPROCESSOR, open_source
 
 HERE = Path(__file__).parent
@@ -41,6 +41,34 @@ def exported(case, checkpoint, image):
         np.testing.assert_allclose(open_exported(path)(image), ours, atol=1e-5, rtol=0)
         shapes = {name: tensor.shape for name, tensor in open_source(path).tensors.items()}
         return {"shapes": shapes, "config": json.loads((path / CONFIG).read_text())}
+
+
+def open_exported(folder):
+    """What transformers computes from a folder that `save_pretrained` wrote.
+
+    Returns: images [b, h, w, c] -> logits, or features where there is no head.
+
+    Raises: ValueError: the class finds keys missing, unexpected or of another shape.
+    """
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    name = json.loads((folder / CONFIG).read_text())["architectures"][0]
+    model, info = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
+    if problems := {what: keys for what, keys in info.items() if keys}:
+        raise ValueError(f"{name}.from_pretrained({folder}) is not content: {problems}")
+
+    def apply(images):
+        pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+        with torch.no_grad():
+            out = model.eval()(pixels)
+        for key in ("logits", "image_embeds", "pooler_output"):
+            if key in out:
+                return out[key].numpy()
+        return out["last_hidden_state"][:, 0].numpy()
+
+    return apply
 
 
 for case in CASES:

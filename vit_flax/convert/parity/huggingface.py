@@ -10,7 +10,7 @@ import numpy as np
 
 from vit_flax.convert.parity.case import Case, Reference, random_tensor
 from vit_flax.convert.resample import Grid
-from vit_flax.convert.source import CONFIG, PREPROCESSOR, WEIGHTS
+from vit_flax.convert.source import PREPROCESSOR, WEIGHTS
 
 # What is compared, for a model, pixels [b, c, h, w] and further arguments of the call.
 Output = Callable[..., Any]
@@ -113,34 +113,6 @@ def _tensor(key: str, like: Any, rng: np.random.Generator, embeddings: float) ->
 
     value = torch.tensor(np.asarray(random_tensor(key, tuple(like.shape), rng)))
     return embeddings * value if "embeddings." in key else value
-
-
-def open_exported(folder: Path) -> Callable[[np.ndarray], np.ndarray]:
-    """What transformers computes from a folder that `save_pretrained` wrote.
-
-    Returns: images [b, h, w, c] -> logits, or features where there is no head.
-
-    Raises: ValueError: the class finds keys missing, unexpected or of another shape.
-    """
-    import torch
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    name = json.loads((folder / CONFIG).read_text())["architectures"][0]
-    model, info = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
-    if problems := {what: keys for what, keys in info.items() if keys}:
-        raise ValueError(f"{name}.from_pretrained({folder}) is not content: {problems}")
-
-    def apply(images: np.ndarray) -> np.ndarray:
-        pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-        with torch.no_grad():
-            out = model.eval()(pixels)
-        for key in ("logits", "image_embeds", "pooler_output"):
-            if key in out:
-                return out[key].numpy()
-        return out["last_hidden_state"][:, 0].numpy()
-
-    return apply
 
 
 _IMAGENET = dict(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])

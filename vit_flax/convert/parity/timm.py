@@ -136,8 +136,8 @@ def _full(architecture: str, size: int) -> Case:
     return Case("timm", name, "timm", partial(build, architecture, {}), ((size, size),), full_size=True)
 
 
-def _written(name: str, image_sizes: tuple[Grid, ...] = ((16, 24),), **fields: Any) -> Case:
-    return Case("timm", f"ours to timm: {name}", "timm", partial(build_written, fields, image_sizes[0]), image_sizes)
+def _written(name: str, **fields: Any) -> Case:
+    return Case("timm", f"ours to timm: {name}", "timm", partial(build_written, fields, (16, 24)), ((16, 24),))
 
 
 CASES: list[Case] = [
