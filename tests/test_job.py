@@ -12,6 +12,7 @@ from tests.helpers import csv_rows, metrics_lines, tiny_config
 from vit_flax import job as job_module
 from vit_flax import train_log
 from vit_flax.augment import augment
+from vit_flax.checkpoint import Checkpoints
 from vit_flax.config import ConfigError, bind, in_steps
 from vit_flax.job import build
 from vit_flax.optim import eval_params
@@ -165,7 +166,7 @@ def test_metrics_and_tables_of_a_resumed_run(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(train_log.TrainLog, "__call__", cut)
-        patched.setattr(job_module.Checkpoints, "save", keep_until(5, job_module.Checkpoints.save))
+        patched.setattr(Checkpoints, "save", keep_until(5, Checkpoints.save))
         with pytest.raises(Killed):
             train(config, tmp_path / "cut")
     lines = metrics_lines(tmp_path / "cut")
