@@ -45,6 +45,66 @@ from vit_flax.typing import PyTree
 from vit_flax.writer import Writer
 
 
+def build(
+    config: Config,
+    devices: Sequence[Any] | None = None,
+    *,
+    completed: Config | None = None,
+    stop_after: int | None = None,
+) -> "Job":
+    """Checks a config and turns it into parts; reads headers of the data and one picture, compiles nothing.
+
+    Args:
+      config: a ConfigDict or nested dicts, with the sections of `sections.SECTIONS`.
+      devices: to run on; all there are where it is None.
+      completed: what an earlier life of the run made of this config with a checkpoint (see `workdir.completed`).
+      stop_after: training stops after this step; schedules are those of the whole run.
+
+    Raises: ConfigError: names the key, what was found and what to do.
+    """
+    if stop_after is not None and stop_after < 1:
+        raise ConfigError(f"{stop_after=}: expected the number of a step, from 1 on, or None for the whole run.")
+    written = plain(config)
+    config = {"mesh": {}} | plain(completed or config)
+    check_outline(config)
+    with named("init"):
+        start = _make_start(config)
+        config = start.complete_data(config)
+    check_section("data", config["data"], make_data)
+    with named("data"):
+        data = make_data(**config["data"])
+        image_shape = data.image_shape
+    if data.batch_size > data.num_train:
+        raise ConfigError(
+            f"data.batch_size={data.batch_size} is larger than the {data.num_train} examples of "
+            f"{config['data']['train_split']!r}: choose a smaller batch or a larger split."
+        )
+    with named("init"):
+        config = start.complete_model(config, data.class_names, image_shape)
+    sections = arguments(config, steps_per_epoch=data.num_train / data.batch_size)
+    with named("run"):
+        run = Run(**sections["run"])
+    with named("mesh"):
+        mesh = sharding.make_mesh(**sections["mesh"], devices=devices)
+    with named("data"):
+        sharding.check_batch_size("data.batch_size", data.batch_size, mesh, run.accumulate_steps)
+        sharding.check_batch_size("data.eval_batch_size", data.eval_batch_size, mesh)
+    job = Job(
+        given=written,
+        config=config,
+        run=run,
+        start=start,
+        data=data,
+        model=_make_model(sections, data),
+        mesh=mesh,
+        sections=sections,
+        hparams=hparams_of(sections),
+        stop_after=stop_after,
+    )
+    _check_parts(job)
+    return job
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """A config turned into parts. Nothing expensive has happened yet; each method makes one part."""
@@ -338,66 +398,6 @@ class Job:
         hook = Profile(self.run.profile_steps, folder=writer.workdir / "profile", say=writer.say)
         writer.closing.callback(hook.close)
         return hook
-
-
-def build(
-    config: Config,
-    devices: Sequence[Any] | None = None,
-    *,
-    completed: Config | None = None,
-    stop_after: int | None = None,
-) -> Job:
-    """Checks a config and turns it into parts; reads headers of the data and one picture, compiles nothing.
-
-    Args:
-      config: a ConfigDict or nested dicts, with the sections of `sections.SECTIONS`.
-      devices: to run on; all there are where it is None.
-      completed: what an earlier life of the run made of this config with a checkpoint (see `workdir.completed`).
-      stop_after: training stops after this step; schedules are those of the whole run.
-
-    Raises: ConfigError: names the key, what was found and what to do.
-    """
-    if stop_after is not None and stop_after < 1:
-        raise ConfigError(f"{stop_after=}: expected the number of a step, from 1 on, or None for the whole run.")
-    written = plain(config)
-    config = {"mesh": {}} | plain(completed or config)
-    check_outline(config)
-    with named("init"):
-        start = _make_start(config)
-        config = start.complete_data(config)
-    check_section("data", config["data"], make_data)
-    with named("data"):
-        data = make_data(**config["data"])
-        image_shape = data.image_shape
-    if data.batch_size > data.num_train:
-        raise ConfigError(
-            f"data.batch_size={data.batch_size} is larger than the {data.num_train} examples of "
-            f"{config['data']['train_split']!r}: choose a smaller batch or a larger split."
-        )
-    with named("init"):
-        config = start.complete_model(config, data.class_names, image_shape)
-    sections = arguments(config, steps_per_epoch=data.num_train / data.batch_size)
-    with named("run"):
-        run = Run(**sections["run"])
-    with named("mesh"):
-        mesh = sharding.make_mesh(**sections["mesh"], devices=devices)
-    with named("data"):
-        sharding.check_batch_size("data.batch_size", data.batch_size, mesh, run.accumulate_steps)
-        sharding.check_batch_size("data.eval_batch_size", data.eval_batch_size, mesh)
-    job = Job(
-        given=written,
-        config=config,
-        run=run,
-        start=start,
-        data=data,
-        model=_make_model(sections, data),
-        mesh=mesh,
-        sections=sections,
-        hparams=hparams_of(sections),
-        stop_after=stop_after,
-    )
-    _check_parts(job)
-    return job
 
 
 def _taken_by(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
