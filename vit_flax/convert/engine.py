@@ -44,7 +44,7 @@ def read(source: Source, rows: Sequence[Row], shapes: Shapes) -> tuple[Flat, set
       infinity, or cannot be read.
     """
     _check_depth(source, rows, shapes)
-    jobs: list[tuple[str, int | None, Row, Tensor]] = []
+    jobs: list[tuple[Row, int | None, Tensor]] = []  # of a stacked parameter, one for each block
     wrong: list[str] = []
     params: Flat = {}
     for row in rows:
@@ -52,18 +52,19 @@ def read(source: Source, rows: Sequence[Row], shapes: Shapes) -> tuple[Flat, set
             continue
         shape = shapes[row.ours].shape
         indices = range(shape[0]) if "{i}" in row.theirs else [None]
-        names = [row.theirs if i is None else row.theirs.replace("{i}", str(i)) for i in indices]
+        names = [row.theirs.replace("{i}", str(i)) for i in indices]
         if not all(name in source.tensors for name in names):
             continue
+        tensors = [source.tensors[name] for name in names]
         target = shape if indices == [None] else shape[1:]
-        mismatches = [name for name in names if not _fits(row, source.tensors[name], target)]
-        wrong += [
-            f"  {t.key}: {t.dtype} {list(t.shape)} in the file, and {row.ours} needs {list(target)}"
-            for t in (source.tensors[name] for name in mismatches)
-        ]
-        if not mismatches:
-            params[row.ours] = np.empty(shape, shapes[row.ours].dtype)
-            jobs += [(row.ours, i, row, source.tensors[name]) for i, name in zip(indices, names, strict=True)]
+        if mismatches := [t for t in tensors if not _fits(row, t, target)]:
+            wrong += [
+                f"  {t.key}: {t.dtype} {list(t.shape)} in the file, and {row.ours} needs {list(target)}"
+                for t in mismatches
+            ]
+            continue
+        params[row.ours] = np.empty(shape, shapes[row.ours].dtype)
+        jobs += [(row, i, t) for i, t in zip(indices, tensors, strict=True)]
     if wrong:
         more = [f"  and {len(wrong) - 20} more"] if len(wrong) > 20 else []
         raise ValueError(
@@ -74,15 +75,14 @@ def read(source: Source, rows: Sequence[Row], shapes: Shapes) -> tuple[Flat, set
             "was named."
         )
 
-    def run(job: tuple[str, int | None, Row, Tensor]) -> None:
-        ours, index, row, tensor = job
-        _copy(source, row, tensor, params[ours] if index is None else params[ours][index])
+    def run(job: tuple[Row, int | None, Tensor]) -> None:
+        row, index, tensor = job
+        _copy(source, row, tensor, params[row.ours] if index is None else params[row.ours][index])
 
     # NumPy lets go of the interpreter while it copies; more threads than a few only wait for memory.
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         list(pool.map(run, jobs))
-    used = {row.theirs if i is None else row.theirs.replace("{i}", str(i)) for _, i, row, _ in jobs}
-    return params, used
+    return params, {row.theirs.replace("{i}", str(i)) for row, i, _ in jobs}
 
 
 def _check_depth(source: Source, rows: Sequence[Row], shapes: Shapes) -> None:
