@@ -30,7 +30,7 @@ class TrainLog:
       total_steps: of the run.
       start_step: the step that the run goes on from.
       open_interval: what `open_interval` returned at the checkpoint of that step; empty at the start.
-      learning_rates: of each step of the run; None to leave the learning rate out.
+      learning_rates: of each step of the run.
       mfu_per_image_per_sec: part of the devices' peak that one image per second takes; None where no peak is known.
     """
 
@@ -41,16 +41,16 @@ class TrainLog:
         every_steps: int,
         batch_size: int,
         total_steps: int,
-        start_step: int = 0,
-        open_interval: Mapping[str, Any] | None = None,
-        learning_rates: np.ndarray | None = None,
-        mfu_per_image_per_sec: float | None = None,
+        start_step: int,
+        open_interval: Mapping[str, Any],
+        learning_rates: np.ndarray,
+        mfu_per_image_per_sec: float | None,
     ):
         self._writer, self._every, self._batch, self._total = writer, every_steps, batch_size, total_steps
         self._start, self._lr = start_step, learning_rates
         self._mfu_per_rate = mfu_per_image_per_sec
         # Name -> sum of the finite values, and how many there were.
-        self._sums: dict[str, tuple[float, int]] = {k: tuple(v) for k, v in (open_interval or {}).items()}
+        self._sums: dict[str, tuple[float, int]] = {k: tuple(v) for k, v in open_interval.items()}
         self._timed = 0
         self._fetch_later: list[Mapping[str, ArrayLike]] = []
         self._due: int | None = None
@@ -79,7 +79,8 @@ class TrainLog:
         now = time.perf_counter()
         secs, self._since = max(now - self._since, 1e-9), now
         means = {name: total / count if count else math.nan for name, (total, count) in self._sums.items()}
-        self.last = means | self._at(step) | self._speed(self._timed * self._batch / secs, secs)
+        speed = self._speed(self._timed * self._batch / secs, secs)
+        self.last = {**means, "lr": float(self._lr[step - 1]), **speed}
         self._sums, self._timed, self._waited_secs = {}, 0, 0.0
         self._writer.write(step, {f"train/{name}": value for name, value in self.last.items()})
         self._writer.progress(step, self._line(step, now))
@@ -104,9 +105,6 @@ class TrainLog:
                 total, count = self._sums.get(name, (0.0, 0))
                 # Where the loss is not finite the step changed nothing, and is reported apart.
                 self._sums[name] = (total + float(value), count + 1) if math.isfinite(value) else (total, count)
-
-    def _at(self, step: int) -> dict[str, float]:
-        return {} if self._lr is None else {"lr": float(self._lr[step - 1])}
 
     def _speed(self, images_per_sec: float, secs: float) -> dict[str, float]:
         speed = {
