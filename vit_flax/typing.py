@@ -10,10 +10,10 @@ Axis letters used throughout the package:
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, PyTree, Scalar, Shaped, UInt8
+    from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, PyTree, Shaped, UInt8
 else:
     try:
-        from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, PyTree, Scalar, Shaped, UInt8
+        from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, PyTree, Shaped, UInt8
     except ModuleNotFoundError:
         from typing import Any
 
@@ -21,7 +21,7 @@ else:
             def __class_getitem__(cls, _):
                 return Any
 
-        Array = ArrayLike = PyTree = Scalar = Any
+        Array = ArrayLike = PyTree = Any
         Bool = Float = Int = Key = Shaped = UInt8 = _Unchecked
 
-__all__ = ["Array", "ArrayLike", "Bool", "Float", "Int", "Key", "PyTree", "Scalar", "Shaped", "UInt8"]
+__all__ = ["Array", "ArrayLike", "Bool", "Float", "Int", "Key", "PyTree", "Shaped", "UInt8"]

@@ -98,19 +98,9 @@ def load_pretrained(
     )
 
 
-def load_opened(
-    opened: Opened,
-    *,
-    num_classes: int | None = None,
-    image_size: int | tuple[int, int] | None = None,
-    ignore: Sequence[str] = (),
-    new_head: bool = False,
-    patch_size: int | tuple[int, int] | None = None,
-    channels: int | None = None,
-    posemb_resize: str | None = None,
-) -> Pretrained:
-    """Loads a checkpoint that is open already; arguments and errors as of `load_pretrained`."""
-    wanted = _Wanted(num_classes, new_head, image_size, patch_size, channels, posemb_resize)
+def load_opened(opened: Opened, *, ignore: Sequence[str] = (), **changes: Any) -> Pretrained:
+    """Loads a checkpoint that is open already; `ignore`, the changes and the errors are those of `load_pretrained`."""
+    wanted = _Wanted(**changes)
     wanted.check()
     _check_patterns(ignore)
     source, spec, model, shapes = opened.source, opened.spec, opened.model, opened.shapes
@@ -143,12 +133,12 @@ def load_opened(
 class _Wanted:
     """What the caller wants to differ from the file."""
 
-    num_classes: int | None
-    new_head: bool
-    image_size: int | Grid | None
-    patch_size: int | Grid | None
-    channels: int | None
-    posemb_resize: str | None
+    num_classes: int | None = None
+    new_head: bool = False
+    image_size: int | Grid | None = None
+    patch_size: int | Grid | None = None
+    channels: int | None = None
+    posemb_resize: str | None = None
 
     def check(self) -> None:
         """Raises a ValueError that names the argument that makes no sense."""
