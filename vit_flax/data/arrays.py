@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_flax.data.fingerprint import fingerprint_of
 from vit_flax.data.splits import split_ranges
 
 
@@ -77,13 +78,7 @@ class Arrays:
 
     def fingerprint(self) -> dict[str, Any]:
         """See `Source`; the digest covers the labels and their order."""
-        return {
-            "name": self.name,
-            "split": self.split,
-            "num_examples": len(self),
-            "class_names": list(self.class_names),
-            "digest": hashlib.sha256(self.labels.astype("<i8").tobytes()).hexdigest()[:16],
-        }
+        return fingerprint_of(self, digest=hashlib.sha256(self.labels.astype("<i8").tobytes()).hexdigest()[:16])
 
     def _check_labels(self) -> None:
         num_classes = len(self.class_names)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from vit_flax.data.fingerprint import fingerprint_of
 from vit_flax.data.splits import is_held_out
 from vit_flax.picture_folders import SUFFIXES, folders_in, holds_folders_only, is_picture, split_folders
 
@@ -83,13 +84,7 @@ class Folder:
     def fingerprint(self) -> dict[str, Any]:
         """See `Source`; the digest covers the paths and the labels."""
         digest = hashlib.sha256(b"\0".join(self._paths.tolist()) + self._labels.tobytes()).hexdigest()
-        return {
-            "name": "folder",
-            "split": self.split,
-            "num_examples": len(self),
-            "class_names": list(self.class_names),
-            "digest": digest[:16],
-        }
+        return fingerprint_of(self, name="folder", digest=digest[:16])
 
 
 def _list_folder(root: Path, split: str, held_out_percent: float) -> tuple[tuple[str, ...], list[tuple[str, int]]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_flax.data.decode import DecodeError
+from vit_flax.data.fingerprint import fingerprint_of
 
 
 class HuggingFace:
@@ -81,13 +82,7 @@ class HuggingFace:
 
     def fingerprint(self) -> dict[str, Any]:
         """See `Source`; the digest is the library's own."""
-        return {
-            "name": self.name,
-            "split": self.split,
-            "num_examples": len(self),
-            "class_names": list(self.class_names),
-            "digest": self._fingerprint,
-        }
+        return fingerprint_of(self, digest=self._fingerprint)
 
 
 def _open(datasets: Any, dataset: str | os.PathLike[str], split: str, config: str | None, revision: str | None) -> Any:

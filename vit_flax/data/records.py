@@ -16,6 +16,7 @@ import msgpack
 import numpy as np
 
 from vit_flax.data.decode import DecodeError
+from vit_flax.data.fingerprint import fingerprint_of
 from vit_flax.data.splits import split_ranges
 
 INDEX = "records.json"
@@ -80,13 +81,7 @@ class Records:
 
     def fingerprint(self) -> dict[str, Any]:
         """See `Source`; the digest covers what the set was made from and how."""
-        return {
-            "name": self.name,
-            "split": self.split,
-            "num_examples": len(self),
-            "class_names": list(self.class_names),
-            "digest": self._digest,
-        }
+        return fingerprint_of(self, digest=self._digest)
 
 
 def _first_damaged(files: Iterable[str]) -> str:

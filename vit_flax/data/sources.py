@@ -18,6 +18,7 @@ from vit_flax.data.archives import cifar10, cifar100, fashion_mnist, mnist
 from vit_flax.data.arrays import Arrays
 from vit_flax.data.datadir import data_dir_or_default
 from vit_flax.data.decode import DecodeError
+from vit_flax.data.fingerprint import fingerprint_of
 from vit_flax.data.folder import Folder
 from vit_flax.data.huggingface import HuggingFace
 from vit_flax.data.records import Records
@@ -161,12 +162,7 @@ class Tfds:
 
     def fingerprint(self) -> dict[str, Any]:
         """See `Source`."""
-        return {
-            "name": self.name,
-            "split": self.split,
-            "num_examples": len(self),
-            "class_names": list(self.class_names),
-        }
+        return fingerprint_of(self)
 
 
 def digits(*, split: str, data_dir: str | os.PathLike[str] | None = None) -> Tfds:
