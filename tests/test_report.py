@@ -174,7 +174,12 @@ def test_details_of_other_evaluations(tmp_path):
     shown = " ".join(Page(write_report(folder).read_text()).text)
     assert "average precision" in shown
     assert "25.0%" in shown
-    own = {"step": 4, "weights": "parameters", "class_names": ["a", "b"], "samples": []}  # of an evaluation without details
+    own = {
+        "step": 4,
+        "weights": "parameters",
+        "class_names": ["a", "b"],
+        "samples": [],
+    }  # of an evaluation without details
     (folder / "evals/val.json").write_text(json.dumps(own))
     assert "Evaluation: val" not in write_report(folder).read_text()
 

@@ -28,9 +28,9 @@ class Folder:
       one set of classes.
     - `csv`: a table with the columns `path` and `label`, and `split` or else a split by hash.
 
-    Pictures are .jpg, .jpeg, .png, .webp, .bmp, .gif and .tif(f) files. Hidden files are ignored; other files are
-    ignored and named in a warning. Classes are numbered in the order of their sorted names; a table's labels that are all numbers, in
-    the order of the numbers. Blanks around the labels and splits of a table do not count.
+    Pictures are .jpg, .jpeg, .png, .webp, .bmp, .gif, .tif and .tiff files. Hidden files are ignored; other files are
+    ignored and named in a warning. Classes are numbered in the order of their sorted names; a table's labels that are
+    all numbers, in the order of the numbers. Blanks around the labels and splits of a table do not count.
 
     Args:
       split: "train", "val", ...
