@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
 _VARIANT = flags.DEFINE_list("variant", ["S/16"], "Sizes, such as S/16,B/16.")
 _BATCH = flags.DEFINE_list("batch", ["8"], "Images per step.")
@@ -44,6 +44,7 @@ def main(argv: list[str]) -> None:
     """Measures what the flags ask for."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    logging.set_verbosity(logging.WARNING)  # JAX reports every backend that is not there at INFO
     if _PEERS.value:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peers need some of the GPU, too
     try:
