@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "vit_flax.limits": set(),
     "vit_flax.signals": set(),
     "vit_flax.files": set(),
+    "vit_flax.log_lines": set(),
     "vit_flax.picture_folders": set(),
     "vit_flax.convert": NUMERIC | {"vit_flax.models", "vit_flax.convert", "safetensors", "absl", "rich", "PIL"},
 }

@@ -1,12 +1,15 @@
 """Config files and the keys that flags change in them."""
 
+import inspect
 import sys
+from pathlib import Path
 
 import pytest
 from absl import flags
 from ml_collections import config_flags
 
 from vit_flax.command_line import given_config, parse_flags
+from vit_flax.config import ConfigError, plain
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
 
@@ -125,3 +128,9 @@ def test_a_config_that_raises_is_run_once(given, tmp_path):
     with pytest.raises(SystemExit):
         given(text, "--config", "config.py", "--config.seed=1")
     assert (tmp_path / "ran").read_text() == "x"
+
+
+@pytest.mark.parametrize("config", ["configs/digits.py", Path("configs/digits.py")])
+def test_name_of_a_config_file_is_no_config(config):
+    with pytest.raises(ConfigError, match=r"found .*: vit_flax\.config\.load_config\('configs/digits\.py'\) reads"):
+        inspect.unwrap(plain)(config)  # without the check of its annotations, as users run it

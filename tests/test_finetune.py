@@ -201,7 +201,10 @@ def test_filters_that_disagree():
     with pytest.raises(ConfigError, match=r"filter of 'resize' in data\.train_transforms is 'bicubic'.*'bilinear'"):
         build(config)
     config.init.preprocess = "checkpoint"
-    assert build(config).config["data"]["train_transforms"][1]["filter"] == "bilinear"
+    config.data.train_transforms.append(dict(op="randaugment", spec="randaug(2,15)", filter="nearest"))
+    _, resize, policy = build(config).config["data"]["train_transforms"]
+    assert resize["filter"] == "bilinear"
+    assert (policy["filter"], "antialias" in policy) == ("nearest", False)  # it resizes nothing
     config.init.preprocess = "config"
     config.augment = dict(mean=(0.4,), std=(0.2,))
     job = build(config)
@@ -293,6 +296,18 @@ def test_run_of_ours_is_a_checkpoint_like_any_other(tmp_path):
     config.model = dict(drop_path=0.1)
     tuned = train(config, tmp_path / "tuned")[1]["test/loss"]
     assert tuned < fresh - 0.1
+
+
+def test_filter_of_a_run_that_no_preprocess_can_say(tmp_path):
+    config = tiny_config(run__total_steps=1, optim__warmup_steps=0)
+    config.data.eval_transforms = [dict(op="decode", channels=1), dict(op="resize", size_px=8, filter="lanczos")]
+    train(config, tmp_path)
+    assert load_pretrained(tmp_path).preprocess is None
+    tuned = finetune_config(tmp_path, size=8)
+    tuned.data.train_transforms = [dict(op="decode", channels=3), dict(op="inception_crop", size_px=8)]
+    filled = build(tuned).config["data"]
+    assert filled["eval_transforms"][1] == dict(op="resize", size_px=8, filter="lanczos", antialias=True)
+    assert filled["train_transforms"][1]["filter"] == "lanczos"
 
 
 def test_shipped_config_on_a_folder_of_pictures(tmp_path):

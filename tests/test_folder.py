@@ -121,9 +121,13 @@ def test_nested_folders_and_suffixes(tmp_path):
     fill(tmp_path / "cat", ["one", "two"], 1)
     fill(tmp_path, ["cat"], 1, ".PNG")
     fill(tmp_path, ["cat"], 1, ".webp")
+    fill(tmp_path, ["cat"], 1, ".gif")
+    fill(tmp_path, ["cat"], 1, ".TIF")
     fill(tmp_path, ["dog"], 1)
     assert paths_of(Folder(root=tmp_path, split="all")) == [
         "cat/0.PNG",
+        "cat/0.TIF",
+        "cat/0.gif",
         "cat/0.webp",
         "cat/one/0.jpg",
         "cat/two/0.jpg",
@@ -135,9 +139,11 @@ def test_other_files_are_named(tmp_path, caplog):
     fill(tmp_path, ["cat", "dog"])
     (tmp_path / "cat" / "notes.txt").write_text("")
     (tmp_path / "cat" / ".DS_Store").write_text("")
+    (tmp_path / "in_no_class.jpg").write_bytes(jpeg())
     assert len(Folder(root=tmp_path, split="all")) == 6
-    assert "notes.txt" in caplog.text
-    assert "DS_Store" not in caplog.text
+    Folder(root=tmp_path, split="train")
+    (message,) = (record.getMessage() for record in caplog.records)  # once, not for each split
+    assert message.endswith(".tiff: cat/notes.txt, in_no_class.jpg")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Classes of pictures, from the command line: the same numbers as the evaluation of the run gives."""
 
+import csv
 import dataclasses
 import json
 from pathlib import Path
@@ -20,6 +21,7 @@ from vit_flax.convert.workdir import evaluation_of, preprocess_of
 from vit_flax.data.digits import read_digits
 from vit_flax.data.transforms import make_transform
 from vit_flax.job import build
+from vit_flax.picture_folders import SUFFIXES
 from vit_flax.trainer import train
 
 
@@ -69,6 +71,19 @@ def test_probabilities_are_those_of_the_run(run, capsys):
         assert [best["probability"] for best in row["top"]] == sorted(ours, reverse=True)
 
 
+def test_table(run, capsys):
+    folder, _, _ = run
+    arguments = ["--checkpoint", str(folder / "run"), str(folder / "pictures" / "deep"), "--top", "2"]
+    assert predict.main([*arguments, "--json"]) == 0
+    expected = lines(capsys)
+    assert predict.main([*arguments, "--csv"]) == 0
+    table = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert [row["image"] for row in table] == [row["image"] for row in expected]
+    for row, same in zip(table, expected):
+        assert [row["class_1"], row["class_2"]] == [best["class"] for best in same["top"]]
+        assert abs(float(row["probability_2"]) - same["top"][1]["probability"]) < 1e-6
+
+
 def test_each_class_has_its_own_probability_where_the_loss_says_so(run, capsys, tmp_path, monkeypatch):
     """The value goes from the run through our own format to what is printed; a new head starts without it."""
     folder, _, _ = run
@@ -97,7 +112,7 @@ def test_each_class_has_its_own_probability_where_the_loss_says_so(run, capsys, 
     assert "that the probabilities of the classes are the sigmoid" in "".join(command.not_kept(own, silent))
 
 
-def test_folders_give_the_pictures_that_training_takes(tmp_path, monkeypatch):
+def test_folders_give_the_pictures_that_training_takes(tmp_path, monkeypatch, caplog):
     for name in ("b.JPG", "a.png", "folder.jpg/deep.webp", ".hidden.jpg", "._a.png", ".cache/c.jpg", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
@@ -105,6 +120,9 @@ def test_folders_give_the_pictures_that_training_takes(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path.parent))
     assert predict.find_pictures([str(tmp_path)]) == predict.find_pictures([f"~/{tmp_path.name}"]) == expected
     assert predict.find_pictures([f"~/{tmp_path.name}/a.png"]) == expected[:1]
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2  # of each call with the folder
+    assert messages[0].endswith(f"left out 1 that are not {', '.join(SUFFIXES)}, such as {tmp_path / 'notes.txt'}")
 
 
 def test_what_cannot_be_read_is_said_and_the_rest_is_classified(run, capsys, tmp_path):

@@ -167,13 +167,21 @@ def test_a_run_that_has_only_begun(tmp_path):
     assert "Not finished: step 0 of 4" in " ".join(Page(write_report(folder).read_text()).text)
 
 
-def test_multilabel_details(tmp_path):
+def test_details_of_other_evaluations(tmp_path):
     folder = make_workdir(tmp_path)
     record = {"step": 4, "weights": "parameters", "class_names": ["a", "b"], "class_count": [3, 0], "samples": []}
     (folder / "evals/val.json").write_text(json.dumps(record | {"class_average_precision": [0.25, None]}))
     shown = " ".join(Page(write_report(folder).read_text()).text)
     assert "average precision" in shown
     assert "25.0%" in shown
+    own = {
+        "step": 4,
+        "weights": "parameters",
+        "class_names": ["a", "b"],
+        "samples": [],
+    }  # of an evaluation without details
+    (folder / "evals/val.json").write_text(json.dumps(own))
+    assert "Evaluation: val" not in write_report(folder).read_text()
 
 
 def test_another_folder_is_refused_by_name(tmp_path):

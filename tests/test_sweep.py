@@ -271,14 +271,17 @@ def test_the_page_takes_values_that_are_lists(tmp_path):
     assert "<th>[0.6]</th>" in page
 
 
-def test_the_page_takes_a_metrics_file_whose_last_line_is_half_written(tmp_path):
-    sweep = make([{"optim.lr": 1e-3}, {"optim.lr": 2e-3}])
+@pytest.mark.parametrize("seeds", [(0,), (0, 1)])
+def test_the_page_takes_a_metrics_file_whose_last_line_is_half_written(tmp_path, seeds):
+    sweep = make([{"optim.lr": lr, "run.seed": seed} for lr in (1e-3, 2e-3) for seed in seeds])
     for point in sweep.points:
         folder = run.point_workdir(tmp_path, point)
         run.write_result(folder, point, status="done", step=2, metrics={"test/top1": 0.5}, secs=1.0)
         lines = [json.dumps({"step": step, "test/top1": 0.5}) for step in (1, 2)]
         (folder / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 3, "tes']))
-    assert "The best 2" in write_page(tmp_path, sweep, results.collect(tmp_path, sweep)).read_text()
+    page = write_page(tmp_path, sweep, results.collect(tmp_path, sweep)).read_text()
+    assert "The best 2" in page
+    assert ("The first seed of each." in page) == (len(seeds) > 1)
 
 
 def test_the_command_checks_its_points_without_jax_in_its_own_process(tmp_path):

@@ -1,7 +1,11 @@
+import logging
+import re
+
 import pytest
 
 from tests.test_train_log import Collected
 from vit_flax import writer as writer_module
+from vit_flax.log_lines import show_warnings
 from vit_flax.writer import Writer, print_results
 
 
@@ -68,6 +72,22 @@ def test_plain_console_gets_a_line_per_message(capsys):
         writer.progress(4, "loss 1 [bold]not markup[/bold]")
         writer.say("x" * 300)
     assert capsys.readouterr().out.splitlines() == ["step 4/9 loss 1 [bold]not markup[/bold]", "x" * 300]
+
+
+def test_warnings_are_lines_above_the_progress_bar(monkeypatch, capsys):
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", list(root.handlers))
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, for rich
+    show_warnings()
+    logging.getLogger("absl").warning("before, %d", 1)
+    with make({}):
+        logging.getLogger("absl").warning("during")
+        logging.getLogger("absl").info("not shown")
+    captured = capsys.readouterr()
+    assert captured.err == "warning: before, 1\n"
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", captured.out).replace("\r", "\n").splitlines()
+    assert lines.count("warning: during") == 1
+    assert "not shown" not in captured.out
 
 
 def test_results_leave_out_layers_and_places_that_are_not_there(tmp_path, capsys):

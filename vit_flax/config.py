@@ -35,7 +35,11 @@ class ConfigError(ValueError):
 
 
 def plain(config: Config) -> dict[str, Any]:
-    """The config as nested dicts."""
+    """The config as nested dicts. Raises: ConfigError: it is none, such as the name of a file."""
+    if not isinstance(config, ConfigDict | Mapping):
+        file = isinstance(config, str | os.PathLike)
+        read = f": vit_flax.config.load_config({os.fspath(config)!r}) reads a file" if file else ""
+        raise ConfigError(f"expected a config, a ConfigDict or nested dicts, found {config!r}{read}.")
     return config.to_dict() if isinstance(config, ConfigDict) else dict(config)
 
 

@@ -31,6 +31,7 @@ from vit_flax.models.variants import parse
 
 PREPROCESS = ("agree", "checkpoint", "config")
 HEAD = ("num_classes", "representation_size")
+RESIZE = ("filter", "antialias")
 CLASS_NAMES = "class_names"  # the one entry of `override` that is no field of the model
 
 
@@ -96,24 +97,32 @@ class Start:
 
         Raises: ConfigError: the filters differ.
         """
-        theirs = self.opened.spec.preprocess if self.init.weights is None else None
-        if theirs is None or self.init.preprocess == "config":
+        theirs = self._resize() if self.init.weights is None and self.init.preprocess != "config" else None
+        if theirs is None:
             return config
         data = dict(config["data"])
         for split in ("train_transforms", "eval_transforms"):
             data[split] = [self._with_filter(f"data.{split}", dict(op), theirs) for op in data.get(split, ())]
         return {**config, "data": data}
 
-    def _with_filter(self, where: str, op: dict[str, Any], theirs: Preprocess) -> dict[str, Any]:
-        known = TRANSFORMS.get(op.get("op", ""))
-        if known is None or "filter" not in {f.name for f in fields(known)}:
+    def _resize(self) -> dict[str, Any] | None:
+        """Filter and antialias of the checkpoint's pictures; of a run, those of the first resize of its evaluation."""
+        spec = self.opened.spec
+        if spec.preprocess is not None:
+            return {name: getattr(spec.preprocess, name) for name in RESIZE}
+        for op in () if spec.evaluation is None else spec.evaluation.transforms:
+            if _resizes(op):
+                return {f.name: op.get(f.name, f.default) for f in fields(TRANSFORMS[op["op"]]) if f.name in RESIZE}
+        return None
+
+    def _with_filter(self, where: str, op: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+        if not _resizes(op):
             return op
-        wanted = {"filter": theirs.filter, "antialias": theirs.antialias}
         if self.init.preprocess == "agree":
-            for key in wanted.keys() & op.keys():
-                if op[key] != wanted[key]:
-                    raise self._differ(f"{key} of {op['op']!r} in {where}", op[key], wanted[key])
-        return {**op, **wanted}
+            for key in theirs.keys() & op.keys():
+                if op[key] != theirs[key]:
+                    raise self._differ(f"{key} of {op['op']!r} in {where}", op[key], theirs[key])
+        return {**op, **theirs}
 
     def complete_model(
         self, config: dict[str, Any], class_names: Sequence[str], image_shape: Sequence[int]
@@ -244,6 +253,12 @@ class Start:
         params: Any = unflatten_dict({path: value for path, value in flat.items() if path in stored}, sep="/")
         params = params if model.scan else unstack_blocks(params)
         return flatten_dict(params, sep="/"), loaded.report
+
+
+def _resizes(op: Mapping[str, Any]) -> bool:
+    """Whether an operation resizes; policies have filters, too, for what they turn and shear."""
+    known = TRANSFORMS.get(op.get("op", ""))
+    return known is not None and {f.name for f in fields(known)}.issuperset(RESIZE)
 
 
 def _only_numbers(names: Sequence[str]) -> bool:

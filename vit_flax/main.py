@@ -11,11 +11,12 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 from vit_flax.command_line import given_config, parse_flags, stop
 from vit_flax.config import ConfigError
+from vit_flax.log_lines import show_warnings
 from vit_flax.signals import exit_on_signals
 
 # Keys that the file leaves at their defaults may be given as flags; `build` knows which keys there are.
@@ -71,7 +72,7 @@ def main(argv: list[str]) -> None:
         stop("--workdir is needed: a folder for checkpoints and metrics.")
     if _TOPOLOGY.value and _MODE.value != "dry_run":
         stop("--topology is for --mode dry_run: its devices are not here.")
-    logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
+    show_warnings()
     from vit_flax import distributed
 
     with _without_waiting_for_failed_saves(), distributed.end_together():

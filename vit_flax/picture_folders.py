@@ -6,7 +6,7 @@ The standard library only: configs look at the folder that they are for, and mus
 import os
 from pathlib import Path
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 HELD_OUT = ("val", "valid", "validation", "test")  # in the order in which one is taken for evaluation
 
 

@@ -2,6 +2,7 @@
 
 python -m vit_flax.predict --checkpoint runs/digits photo.jpg folder/     the five most probable classes of each picture
 python -m vit_flax.predict --checkpoint vit.safetensors --json *.jpg      one JSON object a line
+python -m vit_flax.predict --checkpoint runs/digits --csv folder/         a table: image, class_1, probability_1, ...
 
 A checkpoint is whatever `load_pretrained` opens: a file, a folder, the workdir of a run, an address. The pictures go
 through what the checkpoint says they must go through; with the workdir of a run, through the evaluation transforms of
@@ -10,8 +11,10 @@ Exit status: 0 done, 1 some pictures could not be read, 2 an error with a messag
 """
 
 import argparse
+import csv
 import dataclasses
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +33,10 @@ from vit_flax.convert.table import PROBABILITIES
 from vit_flax.data.decode import MODES, DecodeError, open_picture
 from vit_flax.data.folder import list_pictures
 from vit_flax.data.transforms import make_transform
+from vit_flax.log_lines import show_warnings
 from vit_flax.picture_folders import SUFFIXES
+
+log = logging.getLogger(__name__)
 
 
 def predict(
@@ -163,9 +169,12 @@ def find_pictures(places: Sequence[str]) -> list[Path]:
     for place in (Path(place).expanduser() for place in places):
         if not place.exists():
             raise FileNotFoundError(f"{place}: there is no such picture or folder.")
-        inside = [place / name for name in list_pictures(place, place, [])] if place.is_dir() else [place]
+        others: list[str] = []
+        inside = [place / name for name in list_pictures(place, place, others)] if place.is_dir() else [place]
         if not inside:
             raise FileNotFoundError(f"{place}: the folder holds no picture ({', '.join(SUFFIXES)}).")
+        if others:
+            log.warning("left out %d that are not %s, such as %s", len(others), ", ".join(SUFFIXES), min(others))
         found += inside
     return found
 
@@ -178,13 +187,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         pretrained = load_pretrained(arguments.checkpoint, family=arguments.family, image_size=arguments.image_size)
         if arguments.preprocess is not None:
             pretrained = _with_preprocess(pretrained, arguments.preprocess)
-        unread = 0
+        unread, table = 0, None
         for path, found in predict(pretrained, paths, top=arguments.top, batch_size=arguments.batch_size):
             if isinstance(found, Exception):
                 unread += 1
                 print(f"error: {found}", file=sys.stderr, flush=True)
             elif arguments.json:
                 print(json.dumps({"image": str(path), "top": found}), flush=True)
+            elif arguments.csv:
+                cells = {"image": str(path)}
+                for rank, best in enumerate(found, start=1):
+                    cells |= {f"class_{rank}": best["class"], f"probability_{rank}": f"{best['probability']:.6f}"}
+                if table is None:
+                    table = csv.DictWriter(sys.stdout, list(cells), lineterminator="\n")
+                    table.writeheader()
+                table.writerow(cells)
+                sys.stdout.flush()
             else:
                 classes = "  ".join(f"{best['probability']:.3f} {best['class']}" for best in found)
                 print(f"{path}  {classes}", flush=True)
@@ -225,9 +243,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--preprocess", metavar="JSON", help="instead of the checkpoint's, or where it has none")
     parser.add_argument("--top", type=whole(1), default=5, help="classes per picture (5)")
     parser.add_argument("--batch_size", type=whole(1), default=16, help="pictures per step (16)")
-    parser.add_argument("--json", action="store_true", help="one JSON object per picture instead of text")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="one JSON object per picture instead of text")
+    form.add_argument("--csv", action="store_true", help="a table with a line per picture instead of text")
     return parser
 
 
 if __name__ == "__main__":
+    show_warnings()
     sys.exit(main())

@@ -16,6 +16,7 @@ from vit_flax.data import workers
 from vit_flax.data.decode import open_picture
 from vit_flax.data.read import checked_label
 from vit_flax.data.sources import Source, make_source, parse_source
+from vit_flax.log_lines import show_warnings
 
 
 @dataclasses.dataclass
@@ -119,4 +120,5 @@ def _names(class_names: Sequence[str], most: int = 10) -> str:
 
 
 if __name__ == "__main__":
+    show_warnings()
     sys.exit(main())

@@ -156,11 +156,14 @@ def open_picture(
         raise DecodeError(record_id, "the file is empty (0 bytes)")
     try:
         image = Image.open(io.BytesIO(data))
-        orientation = image.getexif().get(_ORIENTATION_TAG, 1) if apply_exif else 1
+        turned = image.format == "TIFF"  # by Pillow itself, when it loads the pixels
+        orientation = image.getexif().get(_ORIENTATION_TAG, 1) if apply_exif != turned else 1
     except UnidentifiedImageError as error:
         raise DecodeError(record_id, f"not an image ({len(data)} bytes that start with {data[:8]!r})") from error
     except Exception as error:  # a damaged header raises what its format's reader happens to raise
         raise DecodeError(record_id, _describe(error)) from error
+    if turned:
+        orientation = {6: 8, 8: 6}.get(orientation, orientation)  # back to how it is stored
     return Picture(image, record_id, mode, _UPRIGHT.get(orientation), codec, data, oversampling)
 
 

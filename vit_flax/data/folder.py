@@ -2,6 +2,7 @@
 
 import collections
 import csv as csv_format
+import functools
 import hashlib
 import io
 import itertools
@@ -28,9 +29,9 @@ class Folder:
       one set of classes.
     - `csv`: a table with the columns `path` and `label`, and `split` or else a split by hash.
 
-    Pictures are .jpg, .jpeg, .png, .webp and .bmp files. Hidden files are ignored; other files are ignored and named
-    in a warning. Classes are numbered in the order of their sorted names; a table's labels that are all numbers, in
-    the order of the numbers. Blanks around the labels and splits of a table do not count.
+    Pictures are .jpg, .jpeg, .png, .webp, .bmp, .gif, .tif and .tiff files. Hidden files are ignored; other files are
+    ignored and named in a warning. Classes are numbered in the order of their sorted names; a table's labels that are
+    all numbers, in the order of the numbers. Blanks around the labels and splits of a table do not count.
 
     Args:
       split: "train", "val", ...
@@ -141,10 +142,17 @@ def _list_classes(root: Path, directory: Path) -> tuple[tuple[str, ...], list[li
     ignored = [name for name in os.listdir(directory) if name not in folders.values() and not name.startswith(".")]
     by_class = [list_pictures(root, directory / folders[name], ignored) for name in classes]
     if ignored:
-        logging.warning("%s: %d files are no pictures and were left out: %s", directory, len(ignored), _some(ignored))
+        some = _some(sorted(os.path.relpath(os.path.join(directory, path), directory) for path in ignored))
+        kinds = ", ".join(SUFFIXES)
+        _warn(f"{directory}: left out {len(ignored)} that are not in the folder of a class or not {kinds}: {some}")
     if empty := [name for name, paths in zip(classes, by_class) if not paths]:
         raise ValueError(f"class folders without a picture in {directory}: {_some(empty)}; fill or remove them")
     return classes, by_class
+
+
+@functools.cache  # the splits of one folder say the same
+def _warn(text: str) -> None:
+    logging.warning("%s", text)
 
 
 def _class_folders(directory: Path) -> dict[str, str]:

@@ -33,6 +33,7 @@ from vit_flax.data.decode import DecodeError, open_picture
 from vit_flax.data.read import OnError, checked_label
 from vit_flax.data.sources import Source, make_source, parse_source
 from vit_flax.files import write_atomically
+from vit_flax.log_lines import show_warnings
 
 PLAN = "plan.json"  # what is being written; becomes records.json when it is complete
 MIN_SHARD_EXAMPLES = 512
@@ -300,4 +301,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    show_warnings()
     sys.exit(main())

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 from PIL import Image, ImageDraw, ImageFont
 
 from vit_flax.command_line import given_config, parse_flags, stop
+from vit_flax.log_lines import show_warnings
 
 SMALL_PX, LARGE_PX = 96, 224  # small images are shown up to 96 px large, by a whole factor; large ones at 224
 
@@ -101,7 +102,7 @@ def _titled(title: str, grid: np.ndarray) -> Image.Image:
 
 def main(argv: list[str]) -> None:
     """The command; what the user can put right ends with a message and exit code 2."""
-    logging.set_verbosity(logging.WARNING)
+    show_warnings()
     values = flags.FLAGS.flag_values_dict()
     config = given_config()
     if len(argv) > 1 or config is None or values["out"] is None:

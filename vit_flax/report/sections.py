@@ -203,6 +203,8 @@ def _mistakes(names: Sequence[str], matrix: Sequence[Sequence[int]]) -> str:
 
 
 def _classes(details: Line) -> str:
+    if "class_count" not in details:  # an evaluation of the user's own
+        return ""
     names, counts = details["class_names"], details["class_count"]
     if "class_average_precision" in details:
         head, columns = ("average precision",), [details["class_average_precision"]]

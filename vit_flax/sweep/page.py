@@ -69,7 +69,10 @@ def _curves(workdir: Path, ranked: Sequence[Setting], metric: str) -> str:
         charts.append(line_chart(name, [s for s in series if s.points]))
     if not any(charts):
         return ""
-    return f"<section><h2>The best {min(len(ranked), CURVES)}</h2><div class=charts>{''.join(charts)}</div></section>"
+    seeds = any(len(setting.rows) > 1 for setting in ranked[:CURVES])
+    note = "<p class=note>The first seed of each.</p>" if seeds else ""
+    title = f"<h2>The best {min(len(ranked), CURVES)}</h2>{note}"
+    return f"<section>{title}<div class=charts>{''.join(charts)}</div></section>"
 
 
 def _heat_map(ranked: Sequence[Setting], metric: str, larger: bool) -> str:
