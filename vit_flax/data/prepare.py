@@ -166,7 +166,7 @@ def _begin(directory: Path, plan: dict[str, Any]) -> bool:
             if file == PLAN:
                 _write_json(directory / PLAN, plan)
             return file == PLAN
-    if any(directory.iterdir()):
+    if any(file != _part(directory / PLAN) for file in directory.iterdir()):
         raise ValueError(f"{directory} holds files that are no preparation; choose an empty folder")
     _write_json(directory / PLAN, plan)
     return True
@@ -262,8 +262,13 @@ def _note(shard: Path) -> Path:
     return shard.with_name(f".{shard.name}.json")
 
 
+def _part(path: Path) -> Path:
+    """What a kill while it is written leaves behind."""
+    return path.with_name(f"{path.name}.part")
+
+
 def _write_json(path: Path, value: Any) -> None:
-    part = path.with_name(f"{path.name}.part")
+    part = _part(path)
     part.write_text(json.dumps(value, indent=1), encoding="utf-8")
     os.replace(part, path)
 
