@@ -215,6 +215,15 @@ def test_a_save_that_fails_in_one_process_ends_all(step, tmp_path):
     assert step not in steps_in(workdir / "checkpoints")
 
 
+@pytest.mark.slow
+def test_several_processes_that_diverge_save_the_parameters_from_before(tmp_path):
+    workdir, overrides = tmp_path / "run", ("--config.optim.lr=1e38", "--config.run.max_skipped_steps=3")
+    with Group(2, workdir, *overrides, "--config.checkpoint.every_steps=100") as group:
+        assert group.wait(120) == [2, 2], group.says(0) + group.says(1)
+        [step] = steps_in(workdir / "checkpoints")
+        assert f"Checkpoint {step} has the parameters from before these steps" in group.says(0)
+
+
 def test_a_job_whose_other_process_never_comes_says_what_it_waited_for(tmp_path):
     with Group(2, tmp_path / "run", "--start_timeout_secs=2") as group:
         group.processes[1].kill()
