@@ -1,8 +1,10 @@
 """Checkpoints: nothing wrong is ever restored, what is wrong is named, and what may be deleted is."""
 
+import contextlib
 import json
 import random
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vit_flax import checkpoint
+from vit_flax import checkpoint, distributed
 from vit_flax.checkpoint import CheckpointMismatch, Checkpoints, SaveFailed, load_params, read_newest
 from vit_flax.checkpoint_record import read_record, steps_in
 from vit_flax.checksums import checksums
@@ -431,6 +433,61 @@ def test_a_failed_save_deletes_nothing_old(small_disk):
         filler.unlink()
         checkpoints.save(3, big_state(3), identity={})
     assert steps_in(small_disk) == [3]
+
+
+def fail_to_write(monkeypatch):
+    def sealed(record):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "sealed", sealed)
+
+
+def test_a_failed_save_does_not_wait_for_the_other_processes(tmp_path, monkeypatch):
+    """They wait for this one's part of the checkpoint, and nobody would notice for twenty minutes."""
+    met = []
+    monkeypatch.setattr(
+        checkpoint.multihost, "get_barrier_sync_fn", lambda **_: lambda **_: met.append(sys.exc_info()[1])
+    )
+    fail_to_write(monkeypatch)
+    checkpoints = Checkpoints(str(tmp_path))
+    try:
+        raise KeyError  # a save after an error is one like any other
+    except KeyError:
+        checkpoints.save(1, make_state(1), identity={})
+
+    def go_on():
+        with checkpoints:
+            while True:
+                checkpoints.check()
+
+    with pytest.raises(SaveFailed, match="No space left on device"):
+        go_on()
+    assert {type(error) for error in met} == {KeyError}
+
+
+def test_the_last_save_of_several_processes_must_not_fail_either(tmp_path, monkeypatch):
+    def run():
+        with Checkpoints(str(tmp_path)) as checkpoints:
+            checkpoints.save(1, make_state(1), identity={})
+            monkeypatch.setattr(jax, "process_count", lambda: 2)
+
+    fail_to_write(monkeypatch)
+    with pytest.raises(SaveFailed, match="Checkpoint 1 could not be written"):
+        run()
+
+
+def test_a_record_that_one_process_cannot_read_is_the_best_one_for_none(own_three, monkeypatch):
+    """Otherwise one of them saves a new best checkpoint, and waits for the others for ever."""
+
+    @contextlib.contextmanager
+    def agreed(doing):
+        yield
+        if doing.endswith("checkpoint 2"):
+            raise OSError(f"{doing} failed in process 1")
+
+    monkeypatch.setattr(distributed, "agreed", agreed)
+    with Checkpoints(str(own_three), best_metric="test/top1") as checkpoints:
+        assert checkpoints.would_be_best({"test/top1": 0.5})
 
 
 # ----------------------------------------------------------------------------------------------------- parameters only

@@ -180,6 +180,50 @@ def test_an_error_in_one_process_ends_all_with_its_traceback(tmp_path):
         assert "error: process 1 of 2 ends because of the error above" in group.says(1)
 
 
+DISK_FULL = """
+import jax
+from absl import app
+from orbax.checkpoint import future
+from vit_flax import main
+from vit_flax.checkpoint_record import RecordHandler
+
+whole = RecordHandler.async_save
+
+async def write():
+    raise OSError(28, "No space left on device")
+
+async def full(self, directory, item=None, args=None):
+    if jax.process_index() == 1 and "/STEP." in str(directory):
+        return [future.CommitFutureAwaitingContractedSignals(write(), name="full")]
+    return await whole(self, directory, item, args)
+
+RecordHandler.async_save = full
+app.run(main.main, flags_parser=main.parse_flags)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [4, 10])
+def test_a_save_that_fails_in_one_process_ends_all(step, tmp_path):
+    """While the run goes on, and at its end."""
+    workdir = tmp_path / "run"
+    with Group(2, workdir, code=DISK_FULL.replace("STEP", str(step))) as group:
+        codes = group.wait(120)
+        assert all(code not in (0, EXIT_PREEMPTED) for code in codes), codes
+        assert f"Checkpoint {step} could not be written" in group.says(1)
+        assert "No space left on device" in group.says(1)
+    assert step not in steps_in(workdir / "checkpoints")
+
+
+@pytest.mark.slow
+def test_several_processes_that_diverge_save_the_parameters_from_before(tmp_path):
+    workdir, overrides = tmp_path / "run", ("--config.optim.lr=1e38", "--config.run.max_skipped_steps=3")
+    with Group(2, workdir, *overrides, "--config.checkpoint.every_steps=100") as group:
+        assert group.wait(120) == [2, 2], group.says(0) + group.says(1)
+        [step] = steps_in(workdir / "checkpoints")
+        assert f"Checkpoint {step} has the parameters from before these steps" in group.says(0)
+
+
 def test_a_job_whose_other_process_never_comes_says_what_it_waited_for(tmp_path):
     with Group(2, tmp_path / "run", "--start_timeout_secs=2") as group:
         group.processes[1].kill()

@@ -1,11 +1,14 @@
 import json
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
 
 from vit_flax import hooks
 from vit_flax.hooks import Every, Profile, check_profile_steps
+from vit_flax.job import Job
 from vit_flax.step import TrainState
+from vit_flax.writer import Writer
 
 STATE = TrainState(*[None] * 8).replace(step=jnp.int32(0))
 
@@ -120,6 +123,16 @@ def test_profile_that_the_run_ends_in_is_written(traces, tmp_path):
     profile.close()
     profile.close()
     assert traces == [f"start {tmp_path}", "stop"]
+
+
+def test_of_several_processes_the_first_one_traces(traces, tmp_path):
+    """Those of one machine would write the same file."""
+    run = SimpleNamespace(profile_steps=(2, 3))
+    for active in (False, True):
+        writer = Writer(tmp_path, {}, start_step=0, total_steps=9, quiet=True)
+        writer.active = active
+        Job.profile(SimpleNamespace(run=run), writer)(1, STATE)
+    assert traces == [f"start {tmp_path / 'profile'}"]
 
 
 @pytest.mark.parametrize("steps", [(1, 5), (5, 4), (3,), (2, 3, 4), (2, 11)])

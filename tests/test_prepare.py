@@ -123,6 +123,18 @@ def test_other_files_are_left_alone(folder, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
 
+def test_a_kill_while_the_plan_is_written_is_no_preparation_of_others(folder, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    arguments = dict(source={"name": "folder", "root": str(folder)}, splits=["train"], out=out, short_side_px=None)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module.os, "replace", lambda *_: sys.exit(9))
+        with pytest.raises(SystemExit):
+            prepare(**arguments)
+    assert [path.name for path in out.iterdir()] == [".plan.json.new"]
+    prepare(**arguments, num_workers=1)
+    assert len(make_source(name="records", directory=out, split="train")) == 10
+
+
 def test_bad_pictures(folder, tmp_path, capsys):
     bad = folder / "train" / "dog" / "1.jpg"
     bad.write_bytes(bad.read_bytes()[:-50])

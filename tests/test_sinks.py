@@ -82,6 +82,16 @@ def test_resumed_files_equal_the_uninterrupted_ones(sink, start, tmp_path):
     assert contents(tmp_path / "b") == contents(tmp_path / "a")
 
 
+@pytest.mark.parametrize("sink", [Files, Csv])
+def test_what_is_said_again_of_the_last_step_is_written_once(sink, tmp_path):
+    """A life that evaluated the step it had gone on from, and was killed before the checkpoint said so."""
+    for name, again in (("a", []), ("b", ROWS[1:2])):
+        (tmp_path / name).mkdir()
+        write(sink(workdir=tmp_path / name, start_step=0), ROWS[:3])
+        write(sink(workdir=tmp_path / name, start_step=2), [*again, *ROWS[3:]])
+    assert contents(tmp_path / "b") == contents(tmp_path / "a")
+
+
 def test_csv_of_a_column_that_came_after_the_checkpoint(tmp_path):
     rows = [(1, {"a/x": 1.0}), (2, {"a/y": 2.0}), (3, {"a/x": 3.0})]
     for name in ("a", "b"):

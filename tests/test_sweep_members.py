@@ -1,17 +1,21 @@
 """Points that differ in numbers only, trained as one program: each gets what it gets alone."""
 
 import json
+import signal
 
 import jax
 import numpy as np
 import pytest
 
-from tests.helpers import metrics_lines, tiny_config
+from tests.helpers import csv_rows, metrics_lines, tiny_config
+from vit_flax import job as job_module
 from vit_flax.config import ConfigError
+from vit_flax.signals import EXIT_PREEMPTED
 from vit_flax.sweep.members import explain_single, group, program_of, train_members
 from vit_flax.sweep.points import expand
 from vit_flax.sweep.run import point_workdir, read_result
 from vit_flax.trainer import train
+from vit_flax.workdir import lock
 
 STEPS = 50
 SWEPT = [
@@ -147,3 +151,51 @@ def test_a_group_goes_on_where_it_stopped(trained, tmp_path, monkeypatch):
         mine, theirs = (read_result(point_workdir(folder, point))["metrics"] for folder in (tmp_path, workdir))
         assert mine["test/loss"] == theirs["test/loss"]
         assert metrics_lines(point_workdir(tmp_path, point)) == metrics_lines(point_workdir(workdir, point))
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """Two points of four steps with one evaluation, after the last; undisturbed."""
+    config = base()
+    with config.unlocked():
+        config.run.total_steps = 4
+    points, workdir = expand(config, SWEPT[:2], where="test"), tmp_path_factory.mktemp("short")
+    train_members(points, workdir, say=lambda line: None)
+    return points, workdir
+
+
+@pytest.mark.parametrize("batch", [14, 24])
+def test_a_signal_while_members_are_evaluated_costs_no_result(batch, short, tmp_path, monkeypatch):
+    """In the second member or at the very end: of 12 batches each, half of them for the average."""
+    points, workdir = short
+    whole = job_module.Data.eval
+
+    class Signalled:
+        def __init__(self, batches):
+            self.batches, self.count = batches, 0
+
+        def __iter__(self):
+            for each in self.batches:
+                yield each
+                self.count += 1
+                if self.count == batch:
+                    signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job_module.Data, "eval", lambda self, **arguments: Signalled(whole(self, **arguments)))
+        with pytest.raises(SystemExit) as left:
+            train_members(points, tmp_path, say=lambda line: None)
+    assert left.value.code == EXIT_PREEMPTED
+    assert (batch == 24) == (read_result(point_workdir(tmp_path, points[0])) is not None)
+    train_members(points, tmp_path, say=lambda line: None)
+    for point in points:
+        mine, theirs = (point_workdir(folder, point) for folder in (tmp_path, workdir))
+        assert read_result(mine)["metrics"]["test/loss"] == read_result(theirs)["metrics"]["test/loss"]
+        assert metrics_lines(mine) == metrics_lines(theirs)
+        assert csv_rows(mine, "test") == csv_rows(theirs, "test")
+
+
+def test_a_member_that_is_running_by_itself_is_left_alone(short, tmp_path):
+    points, _ = short
+    with lock(point_workdir(tmp_path, points[1])), pytest.raises(RuntimeError, match="is in use by process"):
+        train_members(points, tmp_path, say=lambda line: None)

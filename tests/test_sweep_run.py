@@ -1,5 +1,6 @@
 """Points in processes of their own: what ends well, what does not, and what is told to stop."""
 
+import itertools
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from tests.helpers import tiny_config
 from vit_flax.config import ConfigError
 from vit_flax.sweep import run
 from vit_flax.sweep.points import expand
+from vit_flax.workdir import InUse, lock
 
 submitit = pytest.importorskip("submitit")
 
@@ -131,6 +133,26 @@ def test_an_interrupted_sweep_lets_its_processes_save_and_leaves_none_behind(tmp
     assert not any((tmp_path / "points").glob("*/result.json"))
 
 
+def test_a_point_that_runs_elsewhere_is_left_alone(tmp_path, monkeypatch):
+    """By a process that outlived the command which had started it: it has not failed, and notes its own result."""
+    (point,) = make_points(1)
+    monkeypatch.setattr("vit_flax.cache.enable_compilation_cache", lambda: None)
+    with lock(run.point_workdir(tmp_path, point)):
+        assert run._run_task._train(run.Task(point), tmp_path) is None
+        with pytest.raises(InUse):
+            run.run_point(point, tmp_path)
+    assert run.read_result(run.point_workdir(tmp_path, point)) is None
+
+
+def test_a_clock_that_is_set_back_makes_no_negative_times(tmp_path, monkeypatch):
+    def train(*_, **__):
+        raise ValueError
+
+    monkeypatch.setattr("vit_flax.trainer.train", train)
+    monkeypatch.setattr(run.time, "time", itertools.count(1e9, -3600).__next__)
+    assert run.run_point(make_points(1)[0], tmp_path)["secs"] >= 0
+
+
 def test_a_process_that_is_told_to_stop_by_somebody_else_has_not_failed(tmp_path, processes):
     def train(task, workdir):
         import os
@@ -140,7 +162,7 @@ def test_a_process_that_is_told_to_stop_by_somebody_else_has_not_failed(tmp_path
 
     processes(train)
     plan, said = start(make_points(1), tmp_path)
-    assert "stopped; the same command goes on" in said[0]
+    assert "stopped, or in use by another process; the same command goes on" in said[0]
     assert run.read_result(run.point_workdir(tmp_path, plan.points[0])) is None
 
 

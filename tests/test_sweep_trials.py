@@ -131,6 +131,15 @@ def test_a_point_that_is_asked_for_again_is_not_trained_again(tmp_path):
     assert len(study(trials)) == 6
 
 
+def test_half_a_line_of_the_journal_costs_no_trial(tmp_path):
+    """As a full disk leaves it."""
+    play(Trials(make(), tmp_path, count=2, seed=0), tmp_path)
+    with open(tmp_path / "optuna.journal", "a") as journal:
+        journal.write('{"op_code": 8, "work')
+    assert len(play(Trials(make(), tmp_path, count=3, seed=0), tmp_path)) == 1
+    assert len(study(Trials(make(), tmp_path, count=3, seed=0))) == 3
+
+
 def test_an_interrupted_trial_stays_open(tmp_path):
     trials = Trials(make(), tmp_path, count=1, seed=0)
     trials.ended(trials.next(), None)

@@ -11,6 +11,7 @@ import pytest
 from tests.helpers import Cut, metrics_lines, tiny_config
 from vit_flax.config import ConfigError
 from vit_flax.job import build
+from vit_flax.sinks.files import Files
 from vit_flax.trainer import evaluate, train
 
 ROOT = Path(__file__).parent.parent
@@ -69,6 +70,24 @@ def test_resumed_equals_uninterrupted_bit_for_bit(finished, tmp_path, monkeypatc
     monkeypatch.undo()
     state, _ = train(config, tmp_path)
     assert raw(state) == raw(finished[0])
+    assert metrics_lines(tmp_path) == metrics_lines(finished[2])
+
+
+@pytest.mark.parametrize(("step", "name"), [(6, "train/loss"), (5, "test/top1")])
+def test_a_line_that_could_not_be_written_is_written_by_the_next_life(step, name, finished, tmp_path, monkeypatch):
+    """The disk is full for the metrics, but not for the checkpoint."""
+    whole = Files.scalars
+
+    def full(self, at, values):
+        if at == step and name in values:
+            raise OSError(28, "No space left on device")
+        whole(self, at, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Files, "scalars", full)
+        with pytest.raises(OSError, match="No space left"):
+            train(tiny_config(run__ema_decay=0.9), tmp_path)
+    train(tiny_config(run__ema_decay=0.9), tmp_path)
     assert metrics_lines(tmp_path) == metrics_lines(finished[2])
 
 

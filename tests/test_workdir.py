@@ -27,6 +27,18 @@ def test_lock_names_host_and_process(tmp_path):
         pass
 
 
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    """Lustre, mounted without them; a bucket."""
+
+    def flock(file, operation):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(workdir.fcntl, "flock", flock)
+    message = rf"{tmp_path} has no locks \(Function not implemented\).*choose another --workdir"
+    with pytest.raises(OSError, match=message), workdir.lock(tmp_path):
+        pass
+
+
 def test_a_workdir_that_cannot_be_a_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("mine")
     for place in (tmp_path / "file", tmp_path / "file" / "run"):

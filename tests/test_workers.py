@@ -170,20 +170,52 @@ def members(session):
     return found
 
 
+def survivors_of(session):
+    """What is left of it after ten seconds, and killed then."""
+    for _ in range(100):
+        if not members(session):
+            break
+        time.sleep(0.1)
+    survivors = members(session)
+    for pid in survivors:
+        os.kill(pid, signal.SIGKILL)
+    return survivors
+
+
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks for processes in /proc")
 def test_workers_die_with_a_killed_trainer(tmp_path):
     with start_job(tmp_path) as job:
         assert len(members(job.pid)) >= 2  # the trainer and its worker
         job.send_signal(signal.SIGKILL)
         job.wait()
-        for _ in range(100):
-            if not members(job.pid):
-                break
-            time.sleep(0.1)
-        survivors = members(job.pid)
-        for pid in survivors:
-            os.kill(pid, signal.SIGKILL)
-    assert not survivors
+        assert not survivors_of(job.pid)
+
+
+ORPHAN = """
+import multiprocessing, os, time
+from vit_flax.data.workers import die_with_parent
+
+def work():
+    trainer = os.getppid()
+    os.kill(trainer, 9)
+    while os.getppid() == trainer:
+        time.sleep(0.01)
+    die_with_parent()
+    time.sleep(600)
+
+if __name__ == "__main__":
+    multiprocessing.get_context("spawn").Process(target=work).start()
+    time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks for processes in /proc")
+def test_a_worker_dies_whose_trainer_was_killed_while_it_started(tmp_path):
+    (tmp_path / "job.py").write_text(ORPHAN)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, str(tmp_path / "job.py")], env=environment, start_new_session=True) as job:
+        job.wait()
+        assert not survivors_of(job.pid)
 
 
 def test_a_job_ends_quietly_without_closing(tmp_path):

@@ -14,6 +14,8 @@ the next older step. docs/reliability.md has the promises, their limits, and how
 import contextlib
 import dataclasses
 import logging
+import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +24,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint import multihost
 
 from vit_flax import distributed
 from vit_flax.checkpoint_record import (
@@ -107,17 +110,19 @@ class Checkpoints:
         for step in distributed.from_main(steps_in(self.directory)):
             try:
                 with distributed.agreed(f"reading the record of checkpoint {step}"):
-                    self._policy.metrics[step] = read_record(self.directory / str(step))["metrics"]
+                    metrics = read_record(self.directory / str(step))["metrics"]
+                self._policy.metrics[step] = metrics  # where all can read it: they have to agree on the best one
             except FileNotFoundError:
                 continue  # half deleted by a process that was killed: may go
             except OSError as error:
                 self._policy.unreadable.add(step)
                 log.error("Checkpoint %s: %s. It is kept, but not considered for the best one.", step, error)
-        self._manager = self._open()
         self._writing: int | None = None
         self._failed: SaveFailed | None = None
+        self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
+        self._broken = False  # a thread that saves has met an error
         return ocp.CheckpointManager(
             self.directory,
             item_handlers={
@@ -128,8 +133,25 @@ class Checkpoints:
                 preservation_policy=self._policy,
                 cleanup_tmp_directories=True,
                 lightweight_initialize=True,  # reads none of the files that may be damaged
+                async_options=ocp.options.AsyncOptions(barrier_sync_fn=self._barrier(threading.current_thread())),
             ),
         )
+
+    def _barrier(self, caller: threading.Thread) -> Callable[..., None]:
+        """How the threads that save wait for other processes: not after an error, or a failed save holds all for long.
+
+        Orbax lets them meet once more, while the others wait for this one's part of the checkpoint: twenty minutes.
+        """
+        meet = multihost.get_barrier_sync_fn()
+
+        def barrier(*, key: str, timeout_ms: int) -> None:
+            error = sys.exc_info()[1]
+            if error is not None and threading.current_thread() is not caller:
+                self._broken = True
+                raise error
+            meet(key=key, timeout_ms=timeout_ms)
+
+        return barrier
 
     def save(
         self,
@@ -240,7 +262,7 @@ class Checkpoints:
 
     def check(self) -> None:
         """Reports a save that has failed meanwhile; costs microseconds. Raises SaveFailed as `save` does."""
-        if not self._manager.is_saving_in_progress():
+        if self._broken or not self._manager.is_saving_in_progress():
             self.wait()
 
     def wait(self) -> None:
@@ -277,8 +299,11 @@ class Checkpoints:
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         """Waits until everything is on disk, whatever ended the run. Raises SaveFailed if the last save failed."""
-        if jax.process_count() > 1 and error is not None:
-            return  # the others may be gone, and finishing a save needs them all
+        if jax.process_count() > 1:
+            if error is None:  # else the others may be gone, and finishing a save needs them all
+                self.wait()
+                self._manager.close()
+            return
         with contextlib.suppress(SaveFailed):
             self.wait()
         self._manager.close()

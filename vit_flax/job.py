@@ -392,8 +392,8 @@ class Job:
         return {name: hook(name, evaluation) for name, evaluation in evaluations.items()}
 
     def profile(self, writer: Writer) -> Hook:
-        """Records a trace of the profiler, where the config asks for one."""
-        if self.run.profile_steps is None or writer.workdir is None:
+        """Records a trace of the profiler, where the config asks for one; of several processes, the first one does."""
+        if self.run.profile_steps is None or writer.workdir is None or not writer.active:
             return lambda step, state: None
         hook = Profile(self.run.profile_steps, folder=writer.workdir / "profile", say=writer.say)
         writer.closing.callback(hook.close)

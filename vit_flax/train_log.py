@@ -74,15 +74,16 @@ class TrainLog:
         """Fetches and writes an interval that is complete."""
         if self._due is None or self._since is None:
             return
-        step, self._due = self._due, None
+        step = self._due
         self._fetch()
         now = time.perf_counter()
         secs, self._since = max(now - self._since, 1e-9), now
         means = {name: total / count if count else math.nan for name, (total, count) in self._sums.items()}
         speed = self._speed(self._timed * self._batch / secs, secs)
         self.last = {**means, "lr": float(self._lr[step - 1]), **speed}
-        self._sums, self._timed, self._waited_secs = {}, 0, 0.0
         self._writer.write(step, {f"train/{name}": value for name, value in self.last.items()})
+        self._due = None  # from here on no checkpoint has to carry it
+        self._sums, self._timed, self._waited_secs = {}, 0, 0.0
         self._writer.progress(step, self._line(step, now))
 
     def open_interval(self) -> dict[str, Any]:

@@ -173,7 +173,7 @@ class Loop:
 
     def _save_after(self, error: Exception) -> None:
         """Saves what there is when the run cannot go on; never hides why it cannot."""
-        if jax.process_count() > 1:
+        if jax.process_count() > 1 and not isinstance(error, Diverged):  # which all processes find after the same step
             return  # the other processes are still training, and a save needs them all
         try:
             self._save()

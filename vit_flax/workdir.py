@@ -55,6 +55,10 @@ MAY_CHANGE = (
 )
 
 
+class InUse(RuntimeError):
+    """Another process holds the workdir."""
+
+
 def path(given: str | Path) -> Path:
     """The folder that a user means: no shell expands the `~` of `--workdir=~/runs/a`."""
     return Path(given).expanduser().absolute()
@@ -64,7 +68,7 @@ def path(given: str | Path) -> Path:
 def lock(workdir: Path) -> Iterator[None]:
     """Holds the workdir for this process; two writers in one folder would destroy each other's checkpoints.
 
-    Raises: RuntimeError: another process holds it; names host and process. OSError: it cannot be made or written.
+    Raises: InUse: another process holds it; names host and process. OSError: it cannot be made, written or locked.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -80,9 +84,12 @@ def lock(workdir: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             owner = file.read().strip() or "another process"
-            raise RuntimeError(
-                f"{workdir} is in use by {owner}. Wait for it, stop it, or choose another --workdir."
-            ) from None
+            raise InUse(f"{workdir} is in use by {owner}. Wait for it, stop it, or choose another --workdir.") from None
+        except OSError as error:
+            raise OSError(
+                f"The file system of the workdir {workdir} has no locks ({error.strerror}), so nothing would keep a "
+                "second process out of it. Mount it with them (Lustre: -o flock), or choose another --workdir."
+            ) from error
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

@@ -32,7 +32,7 @@ from vit_flax.data import records, workers
 from vit_flax.data.decode import DecodeError, open_picture
 from vit_flax.data.read import OnError, checked_label
 from vit_flax.data.sources import Source, make_source, parse_source
-from vit_flax.files import write_atomically
+from vit_flax.files import unfinished, write_atomically
 from vit_flax.log_lines import show_warnings
 
 PLAN = "plan.json"  # what is being written; becomes records.json when it is complete
@@ -168,7 +168,7 @@ def _begin(directory: Path, plan: dict[str, Any]) -> bool:
             if file == PLAN:
                 _write_json(directory / PLAN, plan)
             return file == PLAN
-    if any(directory.iterdir()):
+    if any(file != unfinished(directory / PLAN) for file in directory.iterdir()):
         raise ValueError(f"{directory} holds files that are no preparation; choose an empty folder")
     _write_json(directory / PLAN, plan)
     return True

@@ -3,6 +3,7 @@
 import atexit
 import functools
 import gc
+import multiprocessing
 import os
 import shutil
 import threading
@@ -89,11 +90,11 @@ def _collect_at_exit() -> None:
 
 def die_with_parent() -> None:
     """Called in a worker process: ends it when the process that started it was killed. Nobody else does."""
-    parent = os.getppid()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
+        parent.join()  # returns at once if it is dead already
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -68,8 +68,8 @@ class EvaluationHook:
         since = time.perf_counter()
         state = state.replace(params=self._weights(state.opt_state, state.params))
         found = {f"{self._name}/{metric}": value for metric, value in self._evaluation.run(state).items()}
-        self._results.update(found)
         self._writer.write(step, found)
+        self._results.update(found)  # from here on no later life evaluates it again
         self._writer.say(f"step {step} " + "  ".join(f"{name} {value:.4f}" for name, value in found.items()))
         if self._writer.workdir is not None and self._writer.active:
             self._write_details(step, "moving average of the parameters" if state.ema is not None else "parameters")

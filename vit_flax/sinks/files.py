@@ -1,7 +1,7 @@
 """Plain files: metrics.jsonl and pictures, which the report reads, and tables in CSV.
 
-A run that goes on from a checkpoint takes back what an earlier life wrote beyond it, so that the files are what an
-uninterrupted run would have written.
+A run that goes on from a checkpoint takes back what an earlier life wrote beyond its step, and repeats nothing of what
+that wrote at its step, so that the files are what an uninterrupted run would have written.
 """
 
 import csv
@@ -27,14 +27,17 @@ class Files:
 
     def __init__(self, *, workdir: Path, start_step: int):
         path = workdir / "metrics.jsonl"
+        kept = _lines_until(path, start_step) if path.exists() else []
         if path.exists():
-            write_atomically(path, "".join(_lines_until(path, start_step)))
+            write_atomically(path, "".join(kept))
+        self._there = {line for line in kept if json.loads(line)["step"] == start_step}
         self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  (closed by `close`)
         self._pictures = workdir / "pictures"
 
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Writes a line."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        """Writes a line; not again what a life wrote that was killed before its checkpoint said so."""
+        if (line := json.dumps({"step": step, **values}) + "\n") not in self._there:
+            self._file.write(line)
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Writes a picture over the one before."""
@@ -62,10 +65,12 @@ class Csv:
         self._folder = workdir / "csv"
         self._folder.mkdir(exist_ok=True)
         self._columns: dict[str, list[str]] = {}
+        self._there: set[tuple[str, int]] = set()  # tables that have a row of `start_step`
         for path in sorted(self._folder.glob("*.csv")):
             columns, *rows = _whole_rows(path) or [["step"]]
             self._columns[path.stem] = columns
             self._rewrite(path.stem, [row for row in rows if row[0].isdecimal() and int(row[0]) <= start_step])
+            self._there |= {(path.stem, start_step) for row in rows if row[0] == str(start_step)}
 
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
         """Adds a row to each table that has a number here; None is an empty cell."""
@@ -74,7 +79,8 @@ class Csv:
             table, _, column = name.partition("/")
             tables.setdefault(table, {"step": step})[column] = value
         for table, row in tables.items():
-            self._add(table, row)
+            if (table, step) not in self._there:
+                self._add(table, row)
 
     def _add(self, table: str, row: dict[str, Any]) -> None:
         path = self._folder / f"{table}.csv"

@@ -109,7 +109,7 @@ def train_members(
         run = _Run(jobs, points, workdir, stop, say)
         with folders.lock(run.folder), Checkpoints(str(run.folder / "checkpoints"), keep_last=1) as checkpoints:
             run.train(checkpoints)
-    if not run.finished:
+    if stop.received:  # other groups may follow, also where this one is finished
         say(f"Stopped by {stop.received} after step {run.step}; the same command goes on from there.")
         raise SystemExit(EXIT_PREEMPTED)
 
@@ -147,7 +147,7 @@ class _Run:
         # By its members: a group that has lost one, or got one, is another program with checkpoints of its own.
         digest = hashlib.sha256(json.dumps(self._identity["members"]).encode()).hexdigest()[:8]
         self.folder = workdir / "groups" / f"{points[0].index:04d}-{len(points)}-{digest}"
-        self.step = 0
+        self.step, self._evaluated = 0, True  # whether the evaluations of this step, if any, are done
         count = len(points)
         devices = jax.devices()[: math.gcd(count, jax.device_count())]
         self._mesh = Mesh(np.asarray(devices), ("member",), axis_types=(AxisType.Auto,))
@@ -156,7 +156,7 @@ class _Run:
 
     @property
     def finished(self) -> bool:
-        return self.step == self._total
+        return self.step == self._total and self._evaluated
 
     def train(self, checkpoints: Checkpoints) -> None:
         """Trains to the end or to a signal."""
@@ -169,6 +169,7 @@ class _Run:
         self.step, states, progress = restored.step, restored.state, restored.progress
         with ExitStack() as writers:
             members = self._open(progress["members"] if progress else None, writers)
+            self._evaluated = not progress or progress["evaluated"]
             self._stop.hold()
             self._loop(members, states, checkpoints)
 
@@ -176,13 +177,15 @@ class _Run:
         since = time.perf_counter()
 
         def save() -> None:
-            progress = {"members": [self._progress(member) for member in members]}
+            progress = {"members": [self._progress(member) for member in members], "evaluated": self._evaluated}
             about = self._job.about()
             checkpoints.save(self.step, states, identity=self._identity, about=about, metrics={}, progress=progress)
 
         step_fn, batches = self._step_fn(), self._batches()
         interval: list[dict[str, jax.Array]] = []
         try:
+            if not self._evaluated:
+                self._evaluate(members, states)
             while self.step < self._total and not self._stop.received:
                 states, metrics = step_fn(states, next(batches))
                 self.step += 1
@@ -242,7 +245,7 @@ class _Run:
         for i, (point, job) in enumerate(zip(self._points, self._jobs, strict=True)):
             before = progress[i] if progress else {"interval": {}, "latest": {}, "diverged": None}
             folder = point_workdir(self._workdir, point)
-            folder.mkdir(parents=True, exist_ok=True)
+            writers.enter_context(folders.lock(folder))  # the point may be running by itself
             folders.claim(folder, job.config, given=job.given)
             writer = writers.enter_context(job.writer(folder, start_step=self.step, quiet=True))
             log, found = job.train_log(writer, before["interval"]), dict[str, float]()
@@ -276,6 +279,7 @@ class _Run:
         return self.step == self._total or any(n and self.step % n == 0 for n in every)
 
     def _evaluate(self, members: Sequence[_Member], states: TrainState) -> None:
+        self._evaluated = False
         states = jax.device_put(states, self._everywhere) if self._mesh.size > 1 else states
         for i, member in enumerate(members):
             if member.diverged is None:
@@ -283,6 +287,7 @@ class _Run:
                 for hook in member.hooks.values():
                     hook(self.step, state)
                 member.latest.update(member.found)
+        self._evaluated = True
 
     def _progress(self, member: _Member) -> dict[str, Any]:
         return {"interval": member.log.open_interval(), "latest": member.latest, "diverged": member.diverged}

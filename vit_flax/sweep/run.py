@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -138,15 +139,20 @@ def run_point(point: Point, workdir: Path, *, stop_after: int | None = None) -> 
       stop_after: see `train`; the result then has the status "stopped", and its metrics under `rungs`, too.
 
     Returns: the result: `status` ("done", "stopped" or "failed"), `step`, `metrics`, `secs`, `error`, `rungs`.
+
+    Raises: InUse: another process trains it, and will note its result.
     """
     from vit_flax.trainer import train
+    from vit_flax.workdir import InUse
 
     folder = point_workdir(workdir, point)
     before = read_result(folder) or {}
     rungs, earlier = before.get("rungs", {}), before["secs"] if before.get("status") == "stopped" else 0.0
-    since = time.time()
+    since = time.monotonic()
     try:
         state, metrics = train(point.config, folder, stop_after=stop_after)
+    except InUse:
+        raise
     except Exception as error:  # one bad point must not end the others
         traceback.print_exc()
         entries: dict[str, Any] = dict(status="failed", error=f"{type(error).__name__}: {error}")
@@ -154,7 +160,7 @@ def run_point(point: Point, workdir: Path, *, stop_after: int | None = None) -> 
         entries = dict(status="done" if stop_after is None else "stopped", step=int(state.step), metrics=metrics)
         if stop_after is not None:
             rungs = {**rungs, str(stop_after): metrics}
-    return write_result(folder, point, **entries, secs=earlier + time.time() - since, rungs=rungs)
+    return write_result(folder, point, **entries, secs=earlier + time.monotonic() - since, rungs=rungs)
 
 
 # Results.
@@ -281,7 +287,7 @@ class _RunTask:
     """What a process of a launcher calls; it gets the task pickled, so that the sweep file may change meanwhile."""
 
     def __call__(self, task: Task, workdir: str, gpus: str) -> str | None:
-        """Runs the task; returns its status, None after a signal to stop and a checkpoint."""
+        """Runs the task; returns its status, None after a signal to stop and a checkpoint, or if it runs elsewhere."""
         if gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = gpus
         if os.environ.get("SUBMITIT_EXECUTOR") == "local":
@@ -304,11 +310,16 @@ class _RunTask:
                 raise
             return None
 
-    def _train(self, task: Task, workdir: Path) -> str:
+    def _train(self, task: Task, workdir: Path) -> str | None:
         from vit_flax.cache import enable_compilation_cache
+        from vit_flax.workdir import InUse
 
         enable_compilation_cache()
-        return run_point(task.point, workdir, stop_after=task.stop_after)["status"]
+        try:
+            return run_point(task.point, workdir, stop_after=task.stop_after)["status"]
+        except InUse as error:  # by a process that outlived an earlier command
+            print(error, file=sys.stderr)
+            return None
 
     def checkpoint(self, task: Task, workdir: str, gpus: str) -> Any:
         """What submitit is to run when the job starts again: the same."""
@@ -364,7 +375,7 @@ def _settle(job: Any, point: Point, workdir: Path) -> dict[str, Any] | None:
 
 def _outcome(result: Mapping[str, Any] | None) -> str:
     if result is None:
-        return "stopped; the same command goes on from its checkpoint"
+        return "stopped, or in use by another process; the same command goes on from its checkpoint"
     if result["status"] == "failed":
         return f"FAILED: {result['error'].splitlines()[0]}"
     numbers = [f"{k} {v:.4f}" for k, v in result["metrics"].items() if not k.startswith("train/")]

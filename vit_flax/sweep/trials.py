@@ -7,6 +7,7 @@ depends on its seed and on the results so far, and not on where it was interrupt
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ class Trials:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         storage = None
         if workdir is not None:
+            _cut_half_a_line(workdir / JOURNAL)
             backend = optuna.storages.journal.JournalFileBackend(str(workdir / JOURNAL))
             storage = optuna.storages.JournalStorage(backend)
         # Larger is better: `value_of` turns the others around.
@@ -117,6 +119,12 @@ class Trials:
             self._study.tell(trial, value)
         else:
             self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
+
+
+def _cut_half_a_line(journal: Path) -> None:
+    """Drops what a full disk may leave at the end of a journal: Optuna could not read past it."""
+    if journal.exists() and not (text := journal.read_bytes()).endswith(b"\n"):
+        os.truncate(journal, text.rfind(b"\n") + 1)
 
 
 def _optuna() -> Any:
