@@ -322,8 +322,9 @@ def test_parameters_of_no_model_are_not_written(params, pretrained, tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (dict(preprocess=Preprocess((4, 4))), "The position table has 16 patches; give `preprocess`"),
-        (dict(preprocess=Preprocess((32, 4))), "The position table has 16 patches; give `preprocess`"),
+        (dict(preprocess=Preprocess((8, 8))), "The position table has 16 patches; give `preprocess`"),
+        (dict(preprocess=Preprocess((32, 8))), "The position table has 16 patches; give `preprocess`"),
+        (dict(preprocess=Preprocess((32, 36))), "image_size=(32, 36), which patches of (8, 8) pixels do not divide"),
         (dict(class_names="abcde"), "class_names='abcde': expected a list of names, one per class"),
         (dict(class_names=["a"]), "1 class names for num_classes=5"),
         (dict(probabilities="relu"), "probabilities='relu' is unknown: expected one of softmax, sigmoid"),

@@ -99,6 +99,11 @@ def _outgoing(
         )
     ph, pw = model.patch_shape
     channels = flat["patch_embed/kernel"].shape[0] // (ph * pw)
+    if preprocess and (preprocess.image_size[0] % ph or preprocess.image_size[1] % pw):
+        raise ValueError(
+            f"preprocess has image_size={preprocess.image_size}, which patches of {(ph, pw)} pixels do not divide: no "
+            "prepared picture would fit the model. Choose a multiple."
+        )
     if "posemb/table" in flat:
         patches = flat["posemb/table"].shape[1]
         rows, columns = (side := round(patches**0.5)), patches // side
