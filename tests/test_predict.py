@@ -159,6 +159,13 @@ def test_mistakes_end_with_a_message(arguments, message, capsys, monkeypatch):
     assert message in capsys.readouterr().err
 
 
+def test_one_number_is_no_class():
+    pretrained = load_pretrained("tests/golden/vit_jax_prelinen.ckpt.npz")
+    regression = dataclasses.replace(pretrained, model=pretrained.model.clone(num_classes=1))
+    with pytest.raises(ValueError, match=r"prelinen.* has one output, a number and not classes"):
+        next(predict.predict(regression, [Path("README.md")]))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

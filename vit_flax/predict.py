@@ -51,7 +51,7 @@ def predict(
       batch_size: pictures per step of the model; the last step is filled up, so that one program serves all.
 
     Yields: the path, and `{"class": name, "index": int, "probability": float}` for each class, the best one first.
-    Raises: ValueError: the checkpoint has no head or CLIP's, does not say how pictures were prepared, or says it for
+    Raises: ValueError: the checkpoint has no classes, does not say how pictures were prepared, or says it for
       another number of channels than it has.
     """
     if pretrained.model.num_classes is None:
@@ -63,6 +63,8 @@ def predict(
             f"{pretrained.report.path} has no classes: its head projects into the space of CLIP's text tower. "
             "Fine-tune it first."
         )
+    if pretrained.model.num_classes == 1 and pretrained.probabilities == "softmax":
+        raise ValueError(f"{pretrained.report.path} has one output, a number and not classes: use it from Python.")
     prepare, params = _preparation(pretrained), jax.device_put(pretrained.params)
     names = pretrained.class_names or [str(i) for i in range(pretrained.model.num_classes)]
 
