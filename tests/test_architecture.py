@@ -1,8 +1,11 @@
 """The shape of the package, as rules that a change can break: who imports whom, sizes, public names, no TensorFlow."""
 
 import ast
+import importlib.metadata
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -106,6 +109,16 @@ def test_imports_point_inwards(path):
     if not within(name, IMPORTED_BY_NOBODY) and name not in ("vit_flax", *STARTS_FROM_CHECKPOINTS):
         commands = {i for i in imports_of(path, top_level_only=True) if within(i, IMPORTED_BY_NOBODY)}
         assert not commands, f"{name} imports the command {sorted(commands)}"
+
+
+def test_what_is_imported_at_the_top_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lists = [project["dependencies"], *project["optional-dependencies"].values()]
+    declared = {re.split(r"[\[<>=]", line)[0].lower().replace("_", "-") for lines in lists for line in lines}
+    packages = importlib.metadata.packages_distributions()
+    found = {name.split(".")[0] for path in FILES for name in imports_of(path, top_level_only=True)}
+    for name in found - sys.stdlib_module_names - {"vit_flax"}:
+        assert declared & {package.lower().replace("_", "-") for package in packages[name]}, name
 
 
 def test_models_and_data_do_not_know_each_other():
