@@ -349,7 +349,6 @@ SCALED = dict(layer_scale=1.0, num_classes=None)
     [
         (dict(pool="gap"), "hf:vit", "pool='gap' would come back as 'tok'"),
         (dict(registers=2), "hf:vit", "registers=2 would come back as 0"),
-        (dict(posemb="sincos2d"), "hf:vit", "posemb='sincos2d'"),
         (dict(representation_size=8), "hf:vit", "representation_size=8 would come back as None"),
         (dict(pre_norm=True), "hf:vit", "it has no place for pre_norm/bias"),
         (dict(layer_scale=1.0), "hf:vit", "no place for blocks/layer_scale1/scale"),

@@ -247,7 +247,6 @@ def small(**fields):
     [
         (dict(norm_eps=1e-12), r"norm_eps=1e-12, and timm has 1e-06 and 1e-05.*model.clone\(norm_eps=1e-06\)"),
         (dict(pool="tok_gap"), "timm has no pooling 'tok_gap'"),
-        (dict(posemb="sincos2d"), "posemb='sincos2d': timm has learned tables only"),
         (dict(representation_size=16), "representation_size=16 would come back as None"),
         (dict(head_dim=16), "heads are as wide as the model together"),
         (dict(qkv_bias="q"), "timm has no such biases, qkv_bias='q'"),

@@ -13,10 +13,11 @@ import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
-from vit_flax import Pretrained, load_pretrained, save_pretrained
+from vit_flax import Pretrained, ViT, load_pretrained, save_pretrained
 from vit_flax.convert import Preprocess
 from vit_flax.convert.describe import digest
 from vit_flax.convert.source import open_source, weight_files
+from vit_flax.models.posemb import FIXED_TABLES
 
 GOLDEN = Path(__file__).parent / "golden"
 CHECKPOINT = GOLDEN / "vit_jax_prelinen.ckpt.npz"  # B/8 of width 32 and depth 3 for images of 32x32, 5 classes
@@ -322,9 +323,10 @@ def test_parameters_of_no_model_are_not_written(params, pretrained, tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (dict(preprocess=Preprocess((8, 8))), "The position table has 16 patches; give `preprocess`"),
-        (dict(preprocess=Preprocess((32, 8))), "The position table has 16 patches; give `preprocess`"),
-        (dict(preprocess=Preprocess((32, 36))), "image_size=(32, 36), which patches of (8, 8) pixels do not divide"),
+        (dict(preprocess=Preprocess((8, 8))), "The position table has 16 patches, not 1 x 1: give the image size"),
+        (dict(image_size=(32, 8)), "The position table has 16 patches, not 4 x 1: give the image size"),
+        (dict(preprocess=Preprocess((32, 36))), "image_size=(32, 36): patches of (8, 8) pixels do not divide it"),
+        (dict(image_size=32, preprocess=Preprocess((16, 64))), "image_size=(32, 32), and preprocess has (16, 64)"),
         (dict(class_names="abcde"), "class_names='abcde': expected a list of names, one per class"),
         (dict(class_names=["a"]), "1 class names for num_classes=5"),
         (dict(probabilities="relu"), "probabilities='relu' is unknown: expected one of softmax, sigmoid"),
@@ -334,6 +336,31 @@ def test_what_goes_with_the_weights_is_checked(given, message, pretrained, tmp_p
     with pytest.raises(ValueError, match=re.escape(message)):
         save_pretrained(tmp_path / "out", pretrained.model, pretrained.params, family="vit_flax", **given)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("size", [dict(image_size=(16, 64)), dict(preprocess=Preprocess((16, 64)))])
+def test_image_size_says_what_the_rows_of_a_table_are(size, pretrained, tmp_path):
+    save_pretrained(tmp_path / "out", pretrained.model, pretrained.params, family="vit_flax", **size)
+    assert load_pretrained(tmp_path / "out").image_size == (16, 64)
+
+
+@pytest.mark.parametrize("posemb", FIXED_TABLES)
+@pytest.mark.parametrize("family", ["timm", "hf", "npz"])
+def test_fixed_positions_are_written_as_a_table(family, posemb, tmp_path):
+    activation = "gelu_tanh" if family == "npz" else "gelu"
+    sizes = dict(num_classes=3, patch_size=4, width=8, depth=1, mlp_dim=32, num_heads=2)
+    model = ViT(posemb=posemb, norm_eps=1e-6, activation=activation, **sizes)
+    size = (8, 8) if family == "npz" else (8, 12)  # that format does not say how many rows a table has
+    images = jax.random.normal(jax.random.key(0), (1, *size, 3))
+    params = jax.tree.map(lambda w: w + 0.1, model.init(jax.random.key(1), images, train=False)["params"])
+    save_pretrained(tmp_path / "out", model, params, family=family, image_size=size)
+    again = load_pretrained(tmp_path / "out")
+    assert again.model.posemb == ("sincos2d" if (family, posemb) == ("npz", "sincos2d") else "learned")
+    expected, found = (
+        jax.jit(lambda params, model=model: model.apply({"params": params}, images, train=False)[0])(params)
+        for model, params in ((model, params), (again.model, again.params))
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("names", [np.arange(5), np.array(list("01234"))])

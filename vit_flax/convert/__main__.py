@@ -71,6 +71,7 @@ def convert(arguments: argparse.Namespace) -> None:
         family=arguments.to,
         class_names=loaded.class_names,
         preprocess=loaded.preprocess,
+        image_size=None if loaded.preprocess else loaded.image_size,
         posemb_resize=loaded.report.posemb_resize,
         patch_resize=loaded.report.patch_resize,
         probabilities=loaded.probabilities,
@@ -83,6 +84,8 @@ def convert(arguments: argparse.Namespace) -> None:
 
 def not_kept(loaded: Pretrained, written: Spec) -> Iterator[str]:
     """What goes with the weights and has no place, or another value, in the written format: one line each."""
+    if loaded.model.posemb != (posemb := written.fields.get("posemb", "learned")):
+        yield f"not kept       that the positions are {loaded.model.posemb}: the same numbers, as posemb={posemb!r}"
     if loaded.class_names and written.class_names != loaded.class_names:
         yield f"not kept       the names of the {len(loaded.class_names)} classes: this format has no place for them"
     if loaded.probabilities != written.probabilities:

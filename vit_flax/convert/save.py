@@ -15,10 +15,13 @@ from flax.traverse_util import flatten_dict
 from vit_flax.convert import engine
 from vit_flax.convert.families import FAMILIES, GROUPS
 from vit_flax.convert.preprocess import Preprocess
+from vit_flax.convert.resample import Grid
 from vit_flax.convert.source import CONFIG, PREPROCESSOR, WEIGHTS, Source, Tensor
 from vit_flax.convert.table import PROBABILITIES, Family, Outgoing
 from vit_flax.models import ViT
 from vit_flax.models.layout import stack_blocks
+from vit_flax.models.patches import both_sides
+from vit_flax.models.posemb import FIXED_TABLES
 
 # Fields of `ViT` that say how to train or compute and not what the function is; only our own format carries them.
 _NOT_ARCHITECTURE = {
@@ -35,6 +38,7 @@ def save_pretrained(
     family: str,
     class_names: Sequence[str] | np.ndarray | None = None,
     preprocess: Preprocess | None = None,
+    image_size: int | Grid | None = None,
     posemb_resize: str = "bicubic_antialias",
     patch_resize: str = "bicubic_antialias",
     probabilities: str = "softmax",
@@ -42,7 +46,8 @@ def save_pretrained(
     """Writes a checkpoint that the family's own library opens, or explains why that library cannot express the model.
 
     What was written is read back as a description before anything reaches the disk, and compared with the model: so a
-    field that the target cannot hold is an error and never a silent change.
+    field that the target cannot hold is an error and never a silent change. A format without fixed positions gets them
+    as a learned table, one without a class token's position gets it in the token: the same function.
 
     Args:
       directory: to create; must not exist yet, or be empty. A name that ends in .npz is the file itself.
@@ -51,7 +56,9 @@ def save_pretrained(
       family: a key of `families.FAMILIES`, or of `families.GROUPS` ("hf", "timm", "npz", "vit_flax") for the first
         member that can express the model.
       class_names: one per logit, where the format has a place for them.
-      preprocess: where the format has a place for it; its image size also says the rows of a rectangular grid.
+      preprocess: where the format has a place for it.
+      image_size: in pixels, of the position table; None for that of `preprocess`, else that of a square table, or about
+        224 for a model without a learned one.
       posemb_resize: how the position table is to be resampled later (kept by our own format only).
       patch_resize: the same for the patch embedding.
       probabilities: "sigmoid" where each class has its own, as of a model for several labels (kept by our own format,
@@ -73,18 +80,24 @@ def save_pretrained(
     if probabilities not in PROBABILITIES:
         raise ValueError(f"{probabilities=} is unknown: expected one of {', '.join(PROBABILITIES)}.")
     kept = dict(posemb_resize=posemb_resize, patch_resize=patch_resize, probabilities=probabilities)
-    out = _outgoing(model, params, class_names, preprocess, **kept)
+    out = _outgoing(model, params, class_names, preprocess, image_size, **kept)
     reasons: dict[str, list[str]] = {}
-    for kind in sorted((FAMILIES[n] for n in names), key=lambda kind: _moves_positions(kind, out.model)):
-        tensors, files, reasons[kind.name] = _express(kind, out)
-        if not reasons[kind.name]:
-            return _write(directory, kind, tensors, files)
+    for same in (out, *_with_learned_positions(out)):
+        for kind in sorted((FAMILIES[n] for n in names), key=lambda kind: _moves_positions(kind, same.model)):
+            tensors, files, reasons[kind.name] = _express(kind, same)
+            if not reasons[kind.name]:
+                return _write(directory, kind, tensors, files)
     listed = "\n".join(f"  {name}: {'; '.join(why)}" for name, why in reasons.items())
     raise ValueError(f"The model cannot be written as {family!r}:\n{listed}\nNothing was written.")
 
 
 def _outgoing(
-    model: ViT, params: Mapping[str, Any], class_names: Any, preprocess: Preprocess | None, **kept: str
+    model: ViT,
+    params: Mapping[str, Any],
+    class_names: Any,
+    preprocess: Preprocess | None,
+    image_size: int | Grid | None,
+    **kept: str,
 ) -> Outgoing:
     flat = {p: np.asarray(w) for p, w in flatten_dict(stack_blocks(params), sep="/").items()}
     flat = {p: w.astype(np.float32) if w.dtype == ml_dtypes.bfloat16 else w for p, w in flat.items()}
@@ -99,34 +112,47 @@ def _outgoing(
         )
     ph, pw = model.patch_shape
     channels = flat["patch_embed/kernel"].shape[0] // (ph * pw)
-    if preprocess and (preprocess.image_size[0] % ph or preprocess.image_size[1] % pw):
+    size = preprocess.image_size if preprocess else None
+    if image_size is not None:
+        size = both_sides(image_size)
+        if preprocess and preprocess.image_size != size:
+            raise ValueError(f"image_size={size}, and preprocess has {preprocess.image_size}: leave one of them out.")
+    if size and (size[0] % ph or size[1] % pw):
         raise ValueError(
-            f"preprocess has image_size={preprocess.image_size}, which patches of {(ph, pw)} pixels do not divide: no "
-            "prepared picture would fit the model. Choose a multiple."
+            f"image_size={size}: patches of {(ph, pw)} pixels do not divide it, so that no picture of that size would "
+            "fit the model. Choose a multiple."
         )
     if "posemb/table" in flat:
         patches = flat["posemb/table"].shape[1]
-        rows, columns = (side := round(patches**0.5)), patches // side
-        if preprocess:
-            rows, columns = preprocess.image_size[0] // ph, preprocess.image_size[1] // pw
+        rows, columns = (size[0] // ph, size[1] // pw) if size else (side := round(patches**0.5), patches // side)
         if rows * columns != patches:
             raise ValueError(
-                f"The position table has {patches} patches; give `preprocess` with the image size that they come from."
+                f"The position table has {patches} patches, not {rows} x {columns}: give the image size that they come "
+                "from, as `image_size` or in `preprocess`."
             )
-        image_size = (rows * ph, columns * pw)
-    else:
-        image_size = preprocess.image_size if preprocess else (224 // ph * ph, 224 // pw * pw)
+        size = (rows * ph, columns * pw)
+    size = size or (224 // ph * ph, 224 // pw * pw)
     if isinstance(class_names, str):
         raise ValueError(f"{class_names=}: expected a list of names, one per class.")
     if class_names is not None and len(class_names) != model.num_classes:
         raise ValueError(f"{len(class_names)} class names for num_classes={model.num_classes}.")
     model = model.clone(scan=True)
-    shapes = engine.parameter_shapes(model, image_size, channels)
+    shapes = engine.parameter_shapes(model, size, channels)
     wrong = {p for p in {*shapes, *flat} if p not in shapes or p not in flat or shapes[p].shape != flat[p].shape}
     if wrong:
         raise ValueError(f"The parameters are not those of the model; they differ in {sorted(wrong)[:10]}.")
     names = tuple(map(str, class_names)) if class_names is not None else None
-    return Outgoing(model, flat, channels, image_size, preprocess, names, **kept)
+    return Outgoing(model, flat, channels, size, preprocess, names, **kept)
+
+
+def _with_learned_positions(out: Outgoing) -> list[Outgoing]:
+    """The same function of a model with fixed positions, with the table as a parameter; none of any other model."""
+    if out.model.posemb not in FIXED_TABLES:
+        return []
+    (rows, columns), (ph, pw) = out.image_size, out.model.patch_shape
+    table = FIXED_TABLES[out.model.posemb]((rows // ph, columns // pw), out.model.width)
+    model = out.model.clone(posemb="learned", class_token_position=False)
+    return [replace(out, model=model, params={**out.params, "posemb/table": table[None]})]
 
 
 def _express(kind: Family, out: Outgoing) -> tuple[dict[str, np.ndarray], dict[str, dict[str, Any]], list[str]]:

@@ -94,9 +94,6 @@ def _reasons(model: ViT, kind: str) -> list[str]:
         and (kind == "packed" or (kind == "eva" and model.mlp == "swiglu")),
         f"timm has no rotations {model.rope!r}; model.clone(rope='dinov3') accepts the difference": model.rope
         not in ROPES,
-        f"posemb={model.posemb!r}: timm has learned tables only; the same table under params['posemb']['table'] and "
-        "model.clone(posemb='learned', class_token_position=False) are the same function": model.posemb
-        not in ("learned", "none"),
         "timm's heads are as wide as the model together": (model.head_dim or model.width // model.num_heads)
         * model.num_heads
         != model.width,
