@@ -17,6 +17,7 @@ from vit_flax.evals import EVALS
 from vit_flax.evals.hook import EvaluationHook
 from vit_flax.evals.samples import NUM_WRONG, Samples, data_uri
 from vit_flax.evals.weights import one_late
+from vit_flax.losses import PROBABILITIES, as_evaluated
 from vit_flax.step import TrainState
 from vit_flax.train_log import TrainLog
 from vit_flax.writer import Writer
@@ -53,8 +54,8 @@ def batches(labels=LABELS):
         yield {"image": images[here], "label": labels[here], "mask": mask[here]}
 
 
-def make(kind="classification", labels=LABELS):
-    mesh = sharding.make_mesh()
+def make(kind="classification", labels=LABELS, apply=apply, **loss):
+    mesh, loss = sharding.make_mesh(), {"name": "softmax_xent"} | loss
     return EVALS[kind](
         apply=apply,
         normalize=normalize,
@@ -62,6 +63,8 @@ def make(kind="classification", labels=LABELS):
         put=lambda batch: sharding.put_batch(batch, mesh, BATCH),
         rows=sharding.batch_sharding(mesh),
         num_classes=V,
+        loss=as_evaluated(**loss),
+        probabilities=PROBABILITIES[loss["name"]],
     )
 
 
@@ -111,6 +114,20 @@ def test_samples_are_real_rows_with_their_probabilities():
         assert sample["classes"] == np.argsort(-scores[sample["row"]]).tolist()
     sure = np.where(logits().argmax(-1) == LABELS, -1, scores.max(-1))
     assert [s["row"] for s in wrong] == np.argsort(-sure)[: len(wrong)].tolist()
+
+
+def test_a_sigmoid_loss_gives_each_class_a_probability_of_its_own_and_ranks_the_sure_ones():
+    def sure(variables, images, train):
+        return 20 + 5 * apply(variables, images, train)[0], {}
+
+    assert np.mean(jax.nn.sigmoid(20 + 5 * logits()) == 1) > 0.5  # in float32
+    evaluation = make(apply=sure, name="sigmoid_xent", reduction="sum")
+    figures = evaluation.run(STATE)
+    assert figures["top1"] == pytest.approx((logits().argmax(-1) == LABELS).mean())
+    for sample in evaluation.details["samples"]:
+        x = (20 + 5 * logits()[sample["row"]]).astype(np.float64)
+        assert sample["classes"] == np.argsort(-x).tolist()
+        np.testing.assert_allclose(sample["probabilities"], 1 / (1 + np.exp(-np.sort(x)[::-1])), rtol=1e-4)
 
 
 def test_many_wrong_predictions_keep_the_surest():

@@ -110,6 +110,27 @@ def test_learning_rates_are_those_of_the_optimiser():
     assert float(metrics["update_norm"]) == pytest.approx(0.5 * float(metrics["grad_norm"]), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("loss", "at_zero", "confidence"),
+    [
+        (dict(name="softmax_xent", label_smoothing=0.3), math.log(10), 0.1),
+        (dict(name="sigmoid_xent", label_smoothing=0.3, threshold=0.2, reduction="sum"), 10 * math.log(2), 0.5),
+        (dict(name="sigmoid_xent", reduction="mean"), math.log(2), 0.5),
+    ],
+)
+def test_evaluations_judge_by_the_loss_of_the_run(loss, at_zero, confidence):
+    config = quiet()
+    config.loss = loss
+    job = build(config)
+    state = jax.jit(job.init)()
+    head = jax.tree.map(jnp.zeros_like, state.params["head"])  # all logits 0
+    evaluation = job.evaluations(StopSignal())["test"]
+    figures = evaluation.run(state.replace(params={**state.params, "head": head}))
+    assert figures["loss"] == pytest.approx(at_zero, rel=1e-5)
+    assert figures["ece"] == pytest.approx(abs(figures["top1"] - confidence), rel=1e-5)
+    np.testing.assert_allclose([s["probabilities"] for s in evaluation.details["samples"]], confidence, rtol=1e-5)
+
+
 def schedule_free():
     config = quiet(run__total_steps=4, run__log_every_steps=2)
     config.optim = dict(name="schedule_free", lr=0.05, weight_decay=0.0, schedule="constant")

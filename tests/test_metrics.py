@@ -1,4 +1,5 @@
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -6,17 +7,20 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
 
-from vit_flax.metrics import (
-    add_sums,
-    average_precision,
-    batch_sums,
-    multilabel_batch_sums,
-    summarise,
-    summarise_multilabel,
-)
+from vit_flax import metrics
+from vit_flax.losses import PROBABILITIES, as_evaluated
+from vit_flax.metrics import add_sums, average_precision, summarise, summarise_multilabel
 from vit_flax.sharding import batch_sharding, make_mesh
 
 N, V = 37, 7
+LOSSES = {
+    "softmax": dict(name="softmax_xent", label_smoothing=0.1),
+    "sigmoid": dict(name="sigmoid_xent", label_smoothing=0.1, threshold=0.3, reduction="sum"),
+    "sigmoid_mean": dict(name="sigmoid_xent", reduction="mean"),
+}
+SCORES = {k: dict(loss=as_evaluated(**s), probabilities=PROBABILITIES[s["name"]]) for k, s in LOSSES.items()}
+batch_sums = partial(metrics.batch_sums, **SCORES["softmax"])
+multilabel_batch_sums = partial(metrics.multilabel_batch_sums, loss=SCORES["sigmoid"]["loss"])
 
 
 @pytest.fixture
@@ -41,9 +45,15 @@ def total_over_batches(sums, logits, labels, batch_size, **section):
     return total
 
 
-def by_hand(logits, labels):
-    logits = logits.astype(np.float64)
-    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+def by_hand(logits, labels, kind="softmax"):
+    logits, target = logits.astype(np.float64), np.eye(V)[labels]
+    if kind == "softmax":
+        p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+        loss = -np.log(p[np.arange(len(labels)), labels]).mean()
+    else:
+        p = 1 / (1 + np.exp(-logits))
+        per_class = -target * np.log(p) - (1 - target) * np.log(1 - p)
+        loss = per_class.sum(-1).mean() if kind == "sigmoid" else per_class.mean()
     ranked = np.argsort(-logits, axis=-1)
     right = ranked[:, 0] == labels
     edges, ece = np.linspace(0, 1, 16), 0.0
@@ -52,7 +62,7 @@ def by_hand(logits, labels):
         if inside.any():
             ece += inside.mean() * abs(right[inside].mean() - p.max(-1)[inside].mean())
     return {
-        "loss": -np.log(p[np.arange(len(labels)), labels]).mean(),
+        "loss": loss,
         "count": float(len(labels)),
         "top1": right.mean(),
         "top5": (ranked[:, :5] == labels[:, None]).any(-1).mean(),
@@ -60,10 +70,11 @@ def by_hand(logits, labels):
     }
 
 
+@pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("batch_size", [37, 10, 1])
-def test_figures_by_hand_whatever_the_batching(scored, batch_size):
-    got = summarise(total_over_batches(batch_sums, *scored, batch_size))
-    want = by_hand(*scored)
+def test_figures_by_hand_whatever_the_batching(scored, batch_size, kind):
+    got = summarise(total_over_batches(partial(metrics.batch_sums, **SCORES[kind]), *scored, batch_size))
+    want = by_hand(*scored, kind)
     assert want["top1"] < want["top5"] < 1.0
     assert got == {name: pytest.approx(value, rel=1e-5) for name, value in want.items()}
 
@@ -90,11 +101,13 @@ def test_equal_logits_are_no_hit_for_every_label():
     assert (figures["top1"], figures["top5"]) == (0.1, 0.5)
 
 
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("rubbish", [np.nan, np.inf])
-def test_logits_that_are_not_finite_are_no_hit_and_no_prediction(scored, rubbish):
+def test_logits_that_are_not_finite_are_no_hit_and_no_prediction(scored, rubbish, kind):
     logits, labels = scored
     logits[::2, 3] = rubbish
-    got = add_sums(None, batch_sums(jnp.asarray(logits), jnp.asarray(labels), jnp.ones(N, bool), confusion=True))
+    batch = jnp.asarray(logits), jnp.asarray(labels), jnp.ones(N, bool)
+    got = add_sums(None, metrics.batch_sums(*batch, **SCORES[kind], confusion=True))
     want = by_hand(logits[1::2], labels[1::2])
     figures = summarise(got)
     assert (figures["top1"] * N, figures["top5"] * N) == (
@@ -106,8 +119,10 @@ def test_logits_that_are_not_finite_are_no_hit_and_no_prediction(scored, rubbish
     assert got["class_predicted"].sum() == got["confusion"].sum() == N // 2
 
 
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("label", [-1, V])
-def test_a_label_that_is_no_class_shows_in_the_loss_unless_masked(scored, label):
+def test_a_label_that_is_no_class_shows_in_the_loss_unless_masked(scored, label, kind):
+    batch_sums = partial(metrics.batch_sums, **SCORES[kind])
     logits, labels = scored
     labels = labels.copy()
     labels[3] = label
@@ -116,7 +131,7 @@ def test_a_label_that_is_no_class_shows_in_the_loss_unless_masked(scored, label)
     assert np.isnan(got["loss"])
     mask[3] = False
     got = summarise(add_sums(None, batch_sums(jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(mask))))
-    assert got["loss"] == pytest.approx(by_hand(logits[mask], labels[mask])["loss"], rel=1e-5)
+    assert got["loss"] == pytest.approx(by_hand(logits[mask], labels[mask], kind)["loss"], rel=1e-5)
 
 
 def test_totals_do_not_lose_small_batches():

@@ -81,6 +81,23 @@ def test_logits_that_are_not_finite_are_no_hit(size):
     assert (metrics["top1"], metrics["skipped"]) == (0.0, 1)
 
 
+def test_with_several_labels_each_of_them_is_a_hit_and_none_has_none():
+    logits = jnp.asarray([[-9.0, 8, 9], [8, -9, 9], [-9, 9, 8], [9, 0, 0]])
+    labels = jnp.asarray([[0, 1, 1], [1, 0, 1], [0, 0, 1], [0, 0, 0]], jnp.uint8)
+    batch = {"image": jnp.zeros((4, 1, 1, 1)), "label": labels, "mask": jnp.ones(4, bool)}
+    _, metrics = classification(
+        {},
+        batch,
+        jax.random.key(0),
+        {},
+        apply=lambda *_, **__: (logits, {}),
+        augment=lambda key, images, targets, hparams: (images, targets),
+        loss=lambda *batch, hparams: softmax_xent(*batch),
+        num_classes=3,
+    )
+    assert metrics["top1"] == 0.5
+
+
 def test_many_parts_of_bfloat16_are_summed_in_float32():
     mask = np.ones(256, bool)
     # The norm is that of the gradients as they are, before the optimiser rounds its update.

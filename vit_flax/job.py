@@ -27,7 +27,7 @@ from vit_flax.evals.hook import Evaluation, EvaluationHook
 from vit_flax.files import write_atomically
 from vit_flax.finetune import FromScratch, Init, Start, put_in
 from vit_flax.hooks import Every, Hook, Profile
-from vit_flax.losses import LOSSES
+from vit_flax.losses import LOSSES, PROBABILITIES, as_evaluated
 from vit_flax.models import make_model
 from vit_flax.models.flops import forward_flops
 from vit_flax.models.vit import ViT
@@ -367,6 +367,8 @@ class Job:
                 put=partial(sharding.put_batch, mesh=self.mesh, global_batch_size=self.data.eval_batch_size),
                 rows=sharding.batch_sharding(self.mesh),
                 num_classes=self.data.num_classes,
+                loss=as_evaluated(**self.sections["loss"]),
+                probabilities=PROBABILITIES[self.sections["loss"]["name"]],
             )
             for name in self.config["evals"]
         }

@@ -3,6 +3,10 @@
 Under jit with the batch sharded over devices the sums are global, so the mean is the one a single device would compute.
 """
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -69,7 +73,17 @@ def sigmoid_xent(
 
 
 LOSSES = {"softmax_xent": softmax_xent, "sigmoid_xent": sigmoid_xent}
+# What the logits become probabilities by, as each loss has it: the classes share one picture, or each has its own.
+PROBABILITIES: dict[str, Callable[[Array], Array]] = {"softmax_xent": jax.nn.softmax, "sigmoid_xent": jax.nn.sigmoid}
 REDUCTIONS = {"sum": jnp.sum, "mean": jnp.mean}
+
+
+def as_evaluated(name: str, **section: Any) -> Callable[..., Float[Array, ""]]:
+    """The loss of a `loss` section on labels as they are, `(logits, targets, mask) -> mean loss`.
+
+    Smoothing and threshold are ways to train; the reduction is the unit, and stays.
+    """
+    return partial(LOSSES[name], **{k: v for k, v in section.items() if k == "reduction"})
 
 
 def smooth(targets: Float[Array, "b v"], label_smoothing: ArrayLike) -> Float[Array, "b v"]:

@@ -4,7 +4,7 @@
 `multilabel_batch_sums` and `summarise_multilabel` are the same for several labels per example.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,6 +21,8 @@ def batch_sums(
     labels: Int[Array, "b"],
     mask: Bool[Array, "b"],
     *,
+    loss: Callable[..., Array],
+    probabilities: Callable[[Array], Array],
     confusion: bool = False,
 ) -> dict[str, Any]:
     """Sums over one batch of single-label classification, over all of it and per class.
@@ -29,24 +31,27 @@ def batch_sums(
         logits: unnormalised scores; where they are not finite there is no hit and no prediction, and the loss is NaN.
         labels: class numbers; outside the mask anything, inside it a number that is no class makes the loss NaN.
         mask: False for padding.
+        loss: `(logits, targets, mask) -> mean loss`, as of `losses.as_evaluated`.
+        probabilities: of the classes, from logits; the largest is the confidence of the calibration error.
         confusion: also count (label, prediction) pairs, an integer matrix [v, v].
     """
     logits = logits.astype(jnp.float32)
     num_classes = logits.shape[-1]
     labels = jnp.where(labels < 0, num_classes, labels)  # out of range rather than counted from the end
-    log_p = jax.nn.log_softmax(logits)
     _, ranked = jax.lax.top_k(logits, min(5, num_classes))
-    confidence = jnp.exp(jnp.max(log_p, axis=-1))
+    confidence = jnp.max(probabilities(logits), axis=-1)
     # `top_k` ranks NaNs first: without this a dead model would score as one that always says class 0.
-    usable = jnp.isfinite(confidence)
+    usable = jnp.isfinite(jnp.max(logits, axis=-1))
     hits = (ranked == labels[:, None]) & usable[:, None]
     predicted = jnp.where(usable, ranked[:, 0], num_classes)  # out of range: counted nowhere
     bins = jnp.clip(jnp.ceil(confidence * NUM_BINS).astype(jnp.int32) - 1, 0, NUM_BINS - 1)
     per_class = jnp.zeros((num_classes,), jnp.int32)
     in_bin = jax.nn.one_hot(bins, NUM_BINS, dtype=bool) & mask[:, None]
+    judged = jnp.where((labels < num_classes)[:, None], logits, jnp.nan)
+    count = jnp.sum(mask.astype(jnp.int32))
     sums = {
-        "count": jnp.sum(mask.astype(jnp.int32)),
-        "loss": -jnp.sum(jnp.where(mask, jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0], 0.0)),
+        "count": count,
+        "loss": loss(judged, jax.nn.one_hot(labels, num_classes), mask) * count.astype(jnp.float32),
         "top1": jnp.sum((hits[:, 0] & mask).astype(jnp.int32)),
         "top5": jnp.sum((hits.any(axis=-1) & mask).astype(jnp.int32)),
         "bin_count": jnp.sum(in_bin.astype(jnp.int32), axis=0),
@@ -66,6 +71,8 @@ def multilabel_batch_sums(
     logits: Float[Array, "b v"],
     labels: Shaped[Array, "b v"],
     mask: Bool[Array, "b"],
+    *,
+    loss: Callable[..., Array],
 ) -> dict[str, Any]:
     """Sums over one batch of multi-label classification, and the scores themselves: average precision ranks them all.
 
@@ -73,12 +80,12 @@ def multilabel_batch_sums(
         logits: unnormalised scores, a binary decision per class.
         labels: 1 where the class is present, 0 elsewhere.
         mask: False for padding.
+        loss: `(logits, targets, mask) -> mean loss`, as of `losses.as_evaluated`.
     """
-    logits = logits.astype(jnp.float32)
-    loss = jnp.sum(jax.nn.softplus(logits) - labels.astype(jnp.float32) * logits, axis=-1)
+    logits, count = logits.astype(jnp.float32), jnp.sum(mask.astype(jnp.int32))
     return {
-        "count": jnp.sum(mask.astype(jnp.int32)),
-        "loss": jnp.sum(jnp.where(mask, loss, 0.0)),
+        "count": count,
+        "loss": loss(logits, labels.astype(jnp.float32), mask) * count.astype(jnp.float32),
         "rows_scores": logits,
         "rows_labels": labels.astype(bool),
         "rows_mask": mask,
@@ -121,7 +128,7 @@ def summarise(total: Mapping[str, Any]) -> dict[str, float]:
 def summarise_multilabel(total: Mapping[str, Any]) -> tuple[dict[str, float], np.ndarray]:
     """Turns the total of several `multilabel_batch_sums` into figures, and the average precision of each class.
 
-    Returns: loss (summed over the classes), count and mean_average_precision (over the classes that occur); and what
+    Returns: loss, count and mean_average_precision (over the classes that occur); and what
         that is the mean of, see `average_precision`.
 
     Raises:

@@ -72,7 +72,7 @@ SECTIONS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "loss": (LOSSES, ("logits", "targets", "mask")),
     "optim": (make_optimizer, ("total_steps",)),
     "checkpoint": (Checkpoints, ("directory",)),
-    "evals": (EVALS, ("apply", "normalize", "batches", "put", "rows", "num_classes")),
+    "evals": (EVALS, ("apply", "normalize", "batches", "put", "rows", "num_classes", "loss", "probabilities")),
     "mesh": (sharding.make_mesh, ("devices",)),
     "sinks": (SINKS, ("workdir", "start_step", "config")),
     "init": (Init, ()),

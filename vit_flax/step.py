@@ -206,7 +206,8 @@ def classification(
       num_classes: v.
 
     Returns: the loss, and the top-1 accuracy on the (augmented) batch: over what the mask keeps, 0 where that is none;
-      logits that are not finite are no hit.
+      logits that are not finite are no hit. Where several classes have the largest target, as with several labels per
+      example, each of them is one.
     """
     augment_key, dropout_key = jax.random.split(key)
     labels = batch["label"]
@@ -214,6 +215,8 @@ def classification(
     images, targets = augment(augment_key, batch["image"], targets, hparams=hparams)
     logits, _ = apply({"params": params}, images, train=True, rngs={"dropout": dropout_key}, hparams=hparams)
     usable = jnp.isfinite(jnp.max(logits, -1))  # `argmax` takes the first NaN
-    hits = (jnp.argmax(logits, -1) == jnp.argmax(targets, -1)) & usable & batch["mask"]
+    largest = jnp.max(targets, -1)
+    of_guess = jnp.take_along_axis(targets, jnp.argmax(logits, -1)[:, None], axis=-1)[:, 0]
+    hits = (of_guess == largest) & (largest > 0) & usable & batch["mask"]
     top1 = jnp.sum(hits).astype(jnp.float32) / jnp.maximum(jnp.sum(batch["mask"]), 1).astype(jnp.float32)
     return loss(logits, targets, batch["mask"], hparams=hparams), {"top1": top1}

@@ -28,6 +28,8 @@ class Classification:
       put: a batch of the host to the devices.
       rows: sharding of an array with one row per example.
       num_classes: v.
+      loss: `(logits, targets, mask) -> mean loss`.
+      probabilities: of the classes, from logits.
 
     Attributes:
       figures: names of what `run` returns, without those of the moving average.
@@ -48,6 +50,8 @@ class Classification:
         put: Callable[[dict[str, np.ndarray]], dict[str, Array]],
         rows: NamedSharding,
         num_classes: int,
+        loss: Callable[..., Array],
+        probabilities: Callable[[Array], Array],
     ):
         self._batches, self._put, self._num_classes = batches, put, num_classes
         self._shard = data_shard(cast(Mesh, rows.mesh))
@@ -56,9 +60,12 @@ class Classification:
         def measure(params: PyTree, batch: dict[str, Array]) -> tuple[dict[str, Array], tuple[Array, Array]]:
             logits, _ = apply({"params": params}, normalize(batch["image"]), train=False)
             small = num_classes <= MAX_CONFUSION
-            sums = metrics.batch_sums(logits, batch["label"], batch["mask"], confusion=small)
-            probabilities, classes = jax.lax.top_k(jax.nn.softmax(logits.astype(jnp.float32)), min(5, num_classes))
-            return sums, (probabilities, classes)
+            scores = dict(loss=loss, probabilities=probabilities)
+            sums = metrics.batch_sums(logits, batch["label"], batch["mask"], **scores, confusion=small)
+            # The logits are ranked: probabilities of sure classes are all 1.
+            _, classes = jax.lax.top_k(logits, min(5, num_classes))
+            ranked = jnp.take_along_axis(probabilities(logits.astype(jnp.float32)), classes, axis=-1)
+            return sums, (ranked, classes)
 
         self._measure = jax.jit(measure, out_shardings=(NamedSharding(rows.mesh, PartitionSpec()), rows))
 

@@ -25,6 +25,8 @@ class Multilabel:
       put: a batch of the host to the devices.
       rows: sharding of an array with one row per example.
       num_classes: v.
+      loss: `(logits, targets, mask) -> mean loss`.
+      probabilities: of the classes, from logits; average precision ranks the logits themselves.
 
     Attributes:
       figures: names of what `run` returns, without those of the moving average.
@@ -44,13 +46,15 @@ class Multilabel:
         put: Callable[[dict[str, np.ndarray]], dict[str, Array]],
         rows: NamedSharding,
         num_classes: int,
+        loss: Callable[..., Array],
+        probabilities: Callable[[Array], Array],
     ):
         self._batches, self._put = batches, put
         self.details: dict[str, Any] = {}
 
         def measure(params: PyTree, batch: dict[str, Array]) -> dict[str, Array]:
             logits, _ = apply({"params": params}, normalize(batch["image"]), train=False)
-            return metrics.multilabel_batch_sums(logits, batch["label"], batch["mask"])
+            return metrics.multilabel_batch_sums(logits, batch["label"], batch["mask"], loss=loss)
 
         self._measure = jax.jit(measure, out_shardings=NamedSharding(rows.mesh, PartitionSpec()))
 
