@@ -109,13 +109,15 @@ def _facts_table(job: Job) -> Table:
     table.add_row(
         "forward pass", f"{job.forward_flops() / 1e9:,.3f} GFLOP per image; a training step takes three times that"
     )
-    table.add_row("examples", f"{job.data.num_train:,} for training, {job.data.num_classes} classes")
+    examples = f"{job.data.num_train:,} for training, {len(job.data.eval_source):,} for evaluation"
+    table.add_row("examples", f"{examples}; {job.data.num_classes} classes")
     epochs = job.run.total_steps * job.data.batch_size / job.data.num_train
     table.add_row("steps", f"{job.run.total_steps:,} of {job.data.batch_size} images = {epochs:,.1f} epochs")
     mesh = " x ".join(f"{axis} {size}" for axis, size in job.mesh.shape.items())
     devices = job.mesh.devices.flat
     processes = len({device.process_index for device in devices})
-    table.add_row("devices", f"{job.mesh.size} x {devices[0].device_kind} in {processes} processes; {mesh}")
+    where = "one process" if processes == 1 else f"{processes} processes"
+    table.add_row("devices", f"{job.mesh.size} x {devices[0].device_kind} in {where}; {mesh}")
     return table
 
 
