@@ -117,6 +117,7 @@ def test_more_blocks_than_there_are_is_an_error():
         (dict(lr_multipliers=[["head/.*"]]), r"lr_multipliers: expected pairs .*, found \['head/\.\*'\]"),
         (dict(lr_multipliers=[["head/.*", "2"]]), "lr_multipliers: expected pairs"),
         (dict(decay_multipliers=[["head/.*", -1.0]]), "decay_multipliers: expected pairs .* of 0 or more"),
+        (dict(decay_multipliers=[["posemb/.*", 2.0]]), r"'posemb/\.\*' matches decays.*decay_mask says what decays"),
         (dict(freeze=[".*"]), "leave nothing to train"),
     ],
 )

@@ -179,6 +179,17 @@ def test_area_filter_is_close_to_antialiased_bicubic(size_px, pixels):
         assert np.abs(run(decoded, pixels, seed) - exact).mean() < 2
 
 
+@pytest.mark.parametrize(("size_px", "largest"), [((64, 400), 0.0), ((80, 50), 8.0), ((80, 300), 8.0), ((32, 50), 8.0)])
+def test_area_filter_neither_blurs_a_side_that_stays_nor_skips_pixels_of_one_that_shrinks(size_px, largest):
+    pytest.importorskip("cv2")
+    noise = np.random.default_rng(0).integers(0, 256, (64, 400, 3), np.uint8)
+    box, size = (0, 0, 400, 64), (size_px[1], size_px[0])
+    exact = np.asarray(geometry.resample(Image.fromarray(noise), box, size, "bicubic", antialias=True)).astype(int)
+    got = geometry.resample_area(noise, box, size)
+    assert got.shape == exact.shape
+    assert np.abs(got - exact).mean() <= largest
+
+
 def test_flip_mirrors_arrays_of_the_area_filter(pixels):
     pytest.importorskip("cv2")
     ops = [{"op": "resize", "size_px": 40, "filter": "area"}]

@@ -74,7 +74,7 @@ def make_groups(
 
     Raises:
         ValueError: a pattern that matches nothing (with the nearest names), more blocks to train than there are, a
-            factor below 0, nothing left to train.
+            factor below 0, a decay multiplier for what does not decay, nothing left to train.
     """
     depth = _depths(params)
     if train_last_blocks is not None and not 0 <= train_last_blocks <= min(depth.values(), default=0):
@@ -90,10 +90,14 @@ def make_groups(
     factor = jax.tree.map(lambda t: t.astype(np.float32), trained)
     if layer_decay is not None:
         factor = jax.tree.map(lambda f, h: f * layer_decay ** h.astype(np.float32), factor, height)
-    decay = jax.tree.map(lambda hit: hit.astype(np.float32), any_match(decay_mask, params, "decay_mask"))
+    decays = any_match(decay_mask, params, "decay_mask")
+    decay = _multiply(
+        jax.tree.map(lambda hit: hit.astype(np.float32), decays), decay_multipliers, params, "decay_multipliers"
+    )
+    _check_decay(decays, decay_multipliers, params)
     return ParamGroups(
         stacked=jax.tree_util.tree_map_with_path(lambda path, _: bool(_STACK.search(name_of(path))), params),
-        decay=_multiply(decay, decay_multipliers, params, "decay_multipliers"),
+        decay=decay,
         factor=_multiply(factor, lr_multipliers, params, "lr_multipliers"),
         trained=trained,
     )
@@ -106,6 +110,16 @@ def _multiply(factors: PyTree, multipliers: Sequence[Sequence[Any]], params: PyT
         hits = any_match([pair[0]], params, what)
         factors = jax.tree.map(lambda f, hit, by=pair[1]: f * (hit * by + ~hit), factors, hits)
     return factors
+
+
+def _check_decay(decays: PyTree, multipliers: Sequence[Sequence[Any]], params: PyTree) -> None:
+    for pattern, _ in multipliers:
+        both = jax.tree.map(np.logical_and, any_match([pattern], params), decays)
+        if not any(hit.any() for hit in jax.tree.leaves(both)):
+            raise ValueError(
+                f"decay_multipliers: nothing that {pattern!r} matches decays, so the factor would change nothing: "
+                "decay_mask says what decays, give it the pattern too."
+            )
 
 
 def _is_below_0(factor: Any) -> bool:

@@ -100,14 +100,16 @@ def resample_area(pixels: np.ndarray, box: Box, size: Size) -> np.ndarray:
     cv2 = decode.import_opencv()
     left, upper, right, lower = (round(edge) for edge in box)
     crop = pixels[upper : max(lower, upper + 1), left : max(right, left + 1)]
-    x, y = crop.shape[1] / size[0], crop.shape[0] / size[1]
-    if min(x, y) < 1:
-        return cv2.resize(crop, size, interpolation=cv2.INTER_CUBIC)
-    if max(x, y) > 2:
-        return cv2.resize(crop, size, interpolation=cv2.INTER_AREA)
-    # Enlarging cannot alias and means of 2 x 2 are exact: the same picture as INTER_AREA's, in half the time.
-    twice = cv2.resize(crop, (2 * size[0], 2 * size[1]), interpolation=cv2.INTER_LINEAR)
-    return cv2.resize(twice, size, interpolation=cv2.INTER_AREA)
+    # A side that shrinks does so first: the cubic filter, which enlarges the other one, would skip pixels of it.
+    smaller = min(size[0], crop.shape[1]), min(size[1], crop.shape[0])
+    x, y = crop.shape[1] / smaller[0], crop.shape[0] / smaller[1]
+    if max(x, y) > 2 or min(x, y) == 1:
+        crop = cv2.resize(crop, smaller, interpolation=cv2.INTER_AREA)
+    else:
+        # Enlarging cannot alias and means of 2 x 2 are exact: nearly INTER_AREA's picture, in half the time.
+        twice = cv2.resize(crop, (2 * smaller[0], 2 * smaller[1]), interpolation=cv2.INTER_LINEAR)
+        crop = cv2.resize(twice, smaller, interpolation=cv2.INTER_AREA)
+    return crop if smaller == size else cv2.resize(crop, size, interpolation=cv2.INTER_CUBIC)
 
 
 @dataclasses.dataclass(frozen=True)
