@@ -118,10 +118,11 @@ def test_layer_decay_scales_the_update_layer_by_layer():
     np.testing.assert_allclose(ratio["head"]["kernel"], 1.0, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", RULES)
-def test_stacked_equals_loop(name):
+@pytest.mark.parametrize(("name", "own"), [*((name, {}) for name in RULES), ("adafactor", {"clipping_threshold": 0.5})])
+def test_stacked_equals_loop(name, own):
     params = stacked_params()
     section = {
+        **own,
         "name": name,
         "weight_decay": 0.1,
         "clip_norm": 1.0,

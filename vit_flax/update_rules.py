@@ -126,6 +126,7 @@ def adafactor(
 
     The second moment keeps min(b2_cap, 1 - t^-decay_exponent); momentum in bfloat16, no scaling by the parameter's
     size, no clipping by default (big_vision/optax.py:scale_by_adafactor; Zhai et al. 2022, arXiv:2106.04560).
+    `clipping_threshold` is of the root mean square of each layer's update.
 
     Deviation: a stacked vector [l, d] is factored across layers when l >= min_dim_size_to_factor, as in big_vision's
     scan; the loop's vectors [d] are not, so the two layouts agree only below that depth.
@@ -140,7 +141,7 @@ def adafactor(
         epsilon=eps,
         decay_rate_fn=second_moment_decay,
     )
-    limit = optax.identity() if clipping_threshold is None else optax.clip_by_block_rms(clipping_threshold)
+    limit = optax.identity() if clipping_threshold is None else _clip_rms(groups.stacked, clipping_threshold)
     average = optax.identity() if momentum is None else optax.ema(momentum, debias=False, accumulator_dtype=mu_dtype)
     return Rule(optax.chain(scale, limit, average))
 
@@ -256,6 +257,16 @@ def find_rule(name: str, arguments: dict[str, Any], schedule: str) -> Callable[.
             f"'schedule_free' replaces the decay of the learning rate: schedule='constant', not {schedule!r}."
         )
     return RULES[name]
+
+
+def _clip_rms(stacked: PyTree, threshold: ArrayLike) -> optax.GradientTransformation:
+    """Scales updates down to a root mean square of at most the threshold, per layer."""
+
+    def clipped(u, stacked):
+        rms = jnp.sqrt(jnp.mean(jnp.square(u), tuple(range(int(stacked), u.ndim)), keepdims=True))
+        return u / jnp.maximum(1.0, rms / threshold)
+
+    return optax.stateless(lambda u, _: jax.tree.map(clipped, u, stacked))
 
 
 def _scale_by_trust_ratio(
