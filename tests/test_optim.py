@@ -244,6 +244,8 @@ def test_unknown_names_and_arguments_are_named():
         make(name="schedule_free", schedule="cosine")
     with pytest.raises(ValueError, match="b1=0 keeps no average"):
         make(name="schedule_free", schedule="constant", b1=0.0).init(stacked_params())
+    with pytest.raises(ValueError, match="nesterov=True looks ahead along its momentum"):
+        make(name="sgd", nesterov=True, momentum=None).init(stacked_params())
     with pytest.raises(ValueError, match=r"update\(gradients, state, params\)"):
         make(name="adamw").update({}, {})
 

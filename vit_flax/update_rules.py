@@ -53,6 +53,8 @@ def sgd(
     mu_dtype: str | None = None,
 ) -> Rule:
     """Stochastic gradient descent; momentum None keeps no buffer. The decay is decoupled, not part of the momentum."""
+    if nesterov and momentum is None:
+        raise ValueError("'sgd' with nesterov=True looks ahead along its momentum: give one, such as 0.9, not None.")
     return Rule(optax.identity() if momentum is None else optax.trace(momentum, nesterov, mu_dtype))
 
 
