@@ -128,8 +128,8 @@ def summarise(total: Mapping[str, Any]) -> dict[str, float]:
 def summarise_multilabel(total: Mapping[str, Any]) -> tuple[dict[str, float], np.ndarray]:
     """Turns the total of several `multilabel_batch_sums` into figures, and the average precision of each class.
 
-    Returns: loss, count and mean_average_precision (over the classes that occur); and what
-        that is the mean of, see `average_precision`.
+    Returns: loss, count and mean_average_precision (over the classes that occur); and what that is the mean of, see
+        `average_precision`.
 
     Raises:
         ValueError: not one example was counted.
