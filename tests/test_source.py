@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
@@ -152,6 +153,9 @@ def test_folders_that_leave_open_what_is_meant(weights, tmp_path):
         open_source(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"the folder holds no weights; expected model\.safetensors"):
         open_source(tmp_path)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match=re.escape(f"For a run of ours give its own folder, {tmp_path / 'run'}.")):
+        open_source(tmp_path / "run" / "checkpoints")
     np.savez(tmp_path / "a.npz", **weights)
     np.savez(tmp_path / "b.npz", **weights)
     with pytest.raises(ValueError, match=r"which of these files is meant: a\.npz, b\.npz\? Give the path of one"):

@@ -169,7 +169,10 @@ def _find_weights(folder: Path, name: str) -> Path:
             raise ValueError(f"{name}: which of these files is meant: {names}? Give the path of one.")
         if found:
             return found[0]
-    raise ValueError(f"{name}: the folder holds no weights; expected {WEIGHTS}, an index of shards, or one .npz file.")
+    run = f" For a run of ours give its own folder, {folder.parent}." if folder.name == "checkpoints" else ""
+    raise ValueError(
+        f"{name}: the folder holds no weights; expected {WEIGHTS}, an index of shards, or one .npz file.{run}"
+    )
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -76,9 +76,8 @@ def _split(path: str) -> tuple[Path, Any]:
 def evaluation_of(preprocessing: Mapping[str, Any]) -> Evaluation:
     """What the evaluation pictures of a run went through; the argument as of `preprocess_of`."""
     fixed = [op["size_px"] for op in preprocessing["transforms"] if op["op"] != "resize_small" and op.get("size_px")]
-    size = (
-        both_sides(fixed[-1]) if fixed else tuple(preprocessing["image_shape"][:2])
-    )  # without a resize, all have one size
+    # Without a resize all pictures have one size.
+    size = both_sides(fixed[-1]) if fixed else tuple(preprocessing["image_shape"][:2])
     channels = preprocessing["image_shape"][2]
     mean, std = (tuple(preprocessing[k]) * (channels if len(preprocessing[k]) == 1 else 1) for k in ("mean", "std"))
     return Evaluation(size, tuple(preprocessing["transforms"]), mean, std)
