@@ -229,6 +229,7 @@ def test_curve_is_to_scale():
     assert y0 > y2
     ticks = {float(t.text): float(t.get("y")) - 4 for t in svg(chart).iter("text") if t.get("text-anchor") == "end"}
     assert ticks[10.0] == pytest.approx(y2, abs=0.1)  # the axis says what the curve shows
+    assert next(t.text for t in svg(chart).iter("text") if t.get("text-anchor") == "middle") == "step 0"
 
 
 def test_logarithmic_axis():

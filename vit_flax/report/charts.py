@@ -59,9 +59,8 @@ def line_chart(title: str, series: Sequence[Series], *, log: bool = False, note:
     x_ticks = [tick for tick in _ticks(0, last_step, 4) if tick <= last_step]
     for tick in x_ticks:
         anchor = "end" if x(tick) > WIDTH - 24 else "middle"
-        parts.append(
-            f'<text class="tick" x="{x(tick):.1f}" y="{HEIGHT - 7}" text-anchor="{anchor}">{number(tick)}</text>'
-        )
+        label = number(tick) if tick else "step 0"
+        parts.append(f'<text class="tick" x="{x(tick):.1f}" y="{HEIGHT - 7}" text-anchor="{anchor}">{label}</text>')
     parts += [_curve(s, x, y) for s in series]
     parts.append(f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
     legend = "".join(_legend_entry(s) for s in series)
