@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vit_flax.losses import LOSSES, masked_mean, sigmoid_xent, softmax_xent
+from vit_flax.losses import LOSSES, PROBABILITIES, masked_mean, sigmoid_xent, softmax_xent
 
 B, V = 8, 5
 
@@ -20,6 +20,10 @@ def batch() -> tuple[jax.Array, jax.Array, jax.Array]:
     targets = rng.dirichlet(np.ones(V), size=B).astype(np.float32)
     mask = np.array([True, True, False, True, True, True, False, True])
     return jnp.asarray(logits), jnp.asarray(targets), jnp.asarray(mask)
+
+
+def test_each_loss_says_what_its_probabilities_are():
+    assert LOSSES.keys() == PROBABILITIES.keys()
 
 
 def log_softmax(x):

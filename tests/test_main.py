@@ -39,7 +39,14 @@ def test_dry_run_prints_everything_and_writes_nothing(tmp_path):
     done = launch("--config", "tests/configs/tiny.py", "--mode=dry_run", "--workdir", tmp_path / "new")
     assert done.returncode == 0, done.stderr
     assert re.search(r"blocks/.*kernel +0-1 +[\d,]+ +1 +0\.05\n", done.stdout)  # the table of parameter groups
-    for word in ('"num_classes": 10', "blocks/attention/query", "GFLOP per image", "MiB", "10 of 64 images"):
+    for word in (
+        '"num_classes": 10',
+        "blocks/attention/query",
+        "GFLOP per image",
+        "MiB",
+        "10 of 64 images",
+        "359 for evaluation; 10 classes",
+    ):
         assert word in done.stdout
     assert not (tmp_path / "new").exists()
 
