@@ -19,13 +19,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 from vit_flax.cache import enable_compilation_cache
 from vit_flax.config import plain
 from vit_flax.data import Ahead
 from vit_flax.job import Job, build
+from vit_flax.log_lines import show_warnings
 from vit_flax.signals import StopSignal
 from vit_flax.trainer import train_job
 
@@ -159,7 +160,7 @@ def measure(config: dict[str, Any], *, windows: int, steps: int, log_every_steps
 
 def main(_: list[str]) -> None:
     """Finds the batch size, measures, prints."""
-    logging.set_verbosity(logging.WARNING)
+    show_warnings()
     enable_compilation_cache()
     given, config = flags.FLAGS, plain(flags.FLAGS.config)
     trial = measure(config, windows=3, steps=10, log_every_steps=10)

@@ -24,7 +24,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags, logging
+from absl import app, flags
 
 from vit_flax.benchmark import measure, report
 from vit_flax.benchmark.cases import (
@@ -37,6 +37,7 @@ from vit_flax.benchmark.cases import (
     train_program,
 )
 from vit_flax.benchmark.peers import Peer, installed
+from vit_flax.log_lines import show_warnings
 
 _VARIANT = flags.DEFINE_list("variant", ["S/16"], "Sizes, such as S/16,B/16.")
 _BATCH = flags.DEFINE_list("batch", ["8"], "Images per step.")
@@ -58,7 +59,7 @@ def main(argv: list[str]) -> None:
     """Measures what the flags ask for."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    logging.set_verbosity(logging.WARNING)  # JAX reports every backend that is not there at INFO
+    show_warnings()  # JAX reports every backend that is not there at INFO
     if _PEERS.value:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peers need some of the GPU, too
     try:

@@ -27,8 +27,9 @@ class Files:
 
     def __init__(self, *, workdir: Path, start_step: int):
         path = workdir / "metrics.jsonl"
-        kept = _lines_until(path, start_step) if path.exists() else []
+        kept: list[str] = []
         if path.exists():
+            kept = _lines_until(path, start_step)
             write_atomically(path, "".join(kept))
         self._there = {line for line in kept if json.loads(line)["step"] == start_step}
         self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  (closed by `close`)
