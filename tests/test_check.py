@@ -1,4 +1,5 @@
 import io
+import sys
 
 import numpy as np
 import pytest
@@ -85,8 +86,10 @@ def test_bad_labels():
         (["--source", "folder", "root", "--splits", "train"], "expected key=value"),
         (["--source", "folder", "rot=x", "--splits", "train"], "unexpected keyword argument 'rot'"),
         (["--source", "folder", "root=/nowhere", "--splits", "train"], "/nowhere, found nothing"),
+        (["--source", "hf", "dataset=user/name", "--splits", "train"], "pip install datasets"),
     ],
 )
-def test_bad_command_lines(capsys, words, message):
+def test_bad_command_lines(capsys, monkeypatch, words, message):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # an extra dependency that may be missing
     assert main(words) == 2
     assert message in capsys.readouterr().err

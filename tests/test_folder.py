@@ -84,6 +84,15 @@ def test_what_macos_leaves_beside_the_class_folders_is_no_picture(tmp_path):
     assert Folder(root=tmp_path, split="train").class_names == ("cat", "dog")
 
 
+def test_a_picture_beside_the_class_folders_makes_no_classes_of_the_splits(tmp_path, caplog):
+    for split in ("train", "val"):
+        fill(tmp_path / split, ["cat", "dog"])
+    (tmp_path / "train" / "stray.jpg").write_bytes(jpeg())
+    source = Folder(root=tmp_path, split="train")
+    assert (source.class_names, len(source), class_folders(tmp_path)) == (("cat", "dog"), 6, ["cat", "dog"])
+    assert caplog.text.rstrip().endswith(": stray.jpg")
+
+
 def test_two_splits_of_one_name_are_refused(tmp_path):
     for split in ("train", "Val", "val"):
         fill(tmp_path / split, ["cat", "dog"], 1)
@@ -153,6 +162,7 @@ def test_other_files_are_named(tmp_path, caplog):
         ({"picture.jpg": b""}, "no class folders"),
         ({"cat/0.jpg": b"", "dog/readme.txt": b""}, "without a picture.*dog"),
         ({"train/cat/0.jpg": b"", "train/dog/x.txt": b""}, "without a picture.*dog"),
+        ({"train/0.jpg": b"", "test/0.jpg": b""}, "/train has no class folders"),
     ],
 )
 def test_folders_without_pictures(tmp_path, layout, message):

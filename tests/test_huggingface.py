@@ -3,7 +3,6 @@
 import io
 import json
 import pickle
-import sys
 
 import numpy as np
 import pytest
@@ -96,9 +95,3 @@ def test_a_set_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises((ValueError, OSError), match="nowhere"):
         make_source(name="hf", dataset=str(tmp_path / "nowhere"), split="train")
-
-
-def test_the_missing_library_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ModuleNotFoundError, match="pip install datasets"):
-        make_source(name="hf", dataset="user/name", split="train")

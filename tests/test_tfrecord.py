@@ -72,7 +72,7 @@ def test_tf_examples(tmp_path):
     write_tfrecord(tmp_path / "train-0", [example(b"a", 1), example(b"b", 2, text=b"x")])
     write_tfrecord(tmp_path / "train-1", [example(b"c", 1)])
     write_tfrecord(tmp_path / "val-0", [example(b"d", 2)])
-    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    (tmp_path / "names.txt").write_text("\ufeffcat\r\ndog\r\n\r\n", encoding="utf-8")  # as Windows leaves it
     words = [f"train={tmp_path}/train-*", f"val={tmp_path}/val-*", "--out", str(tmp_path / "out"), "--label_offset=-1"]
     assert tfrecord.main([*words, "--class_names", str(tmp_path / "names.txt")]) == 0
     train, val = (make_source(name="records", directory=tmp_path / "out", split=split) for split in ("train", "val"))
@@ -145,6 +145,10 @@ def test_bad_command_lines(tmp_path, capsys):
     assert "expected a data set that TFDS prepared" in capsys.readouterr().err
     assert tfrecord.main(["train=nowhere-*", "--out", "x"]) == 2
     assert "at least one file" in capsys.readouterr().err
+    (tmp_path / "names.txt").write_text("cat\n\ndog\n")
+    words = [f"train={tmp_path}/names.txt", "--out", "x", "--class_names", str(tmp_path / "names.txt")]
+    assert tfrecord.main(words) == 2
+    assert "names.txt has a line without a name" in capsys.readouterr().err
 
 
 def test_info_is_kept(tfds_directory, tmp_path):

@@ -30,14 +30,16 @@ def holds_folders_only(directory: Path) -> bool:
 def split_folders(root: Path) -> dict[str, str]:
     """Split, in lower case -> its folder in root; empty where the folders of root are classes.
 
-    They are splits if one of them is called train and holds folders only: with pictures in it, "train" is a class.
+    They are splits if one of them is called train and holds folders only, or if all bear the names of splits; with
+    pictures in it and beside others, "train" is a class.
 
     Raises: ValueError: the names of two of them differ in upper and lower case only.
     """
     splits: dict[str, str] = {}
     for folder in folders_in(root):
         splits.setdefault(folder.lower(), folder)
-    if "train" not in splits or not holds_folders_only(root / splits["train"]):
+    named_as_splits = splits.keys() <= {"train", *HELD_OUT}
+    if "train" not in splits or not (named_as_splits or holds_folders_only(root / splits["train"])):
         return {}
     if len(splits) != len(folders := folders_in(root)):
         raise ValueError(f"the folders {folders} of {root} are splits, and two of them have the same name: merge them")

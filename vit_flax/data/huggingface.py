@@ -14,7 +14,7 @@ class HuggingFace:
 
     Args:
       split: its split syntax, e.g. "train" or "train[:90%]"; a plain name where the set is a folder.
-      dataset: its name ("user/name"), or a folder that `save_to_disk` wrote.
+      dataset: its name ("user/name"), or a folder that `save_to_disk` wrote or that the library reads by itself.
       config: the configuration of a set that has several.
       revision: commit or tag of a set that is read by name; its data may change otherwise.
       image_key: name of the image column.
@@ -22,8 +22,7 @@ class HuggingFace:
       class_names: where the column does not say them (it is no ClassLabel): the class of each integer, or the texts.
 
     Raises:
-      ModuleNotFoundError: the library is missing.
-      ValueError: no such split or column, or no class names.
+      ValueError: the library is missing; no such split or column, or no class names.
     """
 
     def __init__(
@@ -40,7 +39,7 @@ class HuggingFace:
         try:
             import datasets
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("the hf source needs one more package: pip install datasets") from error
+            raise ValueError("the hf source needs one more package: pip install datasets") from error
         table = _open(datasets, dataset, split, config, revision)
         for key in (image_key, label_key):
             if key not in table.features:
@@ -88,7 +87,8 @@ class HuggingFace:
 def _open(datasets: Any, dataset: str | os.PathLike[str], split: str, config: str | None, revision: str | None) -> Any:
     path = Path(dataset).expanduser()
     if not (path / "dataset_dict.json").exists() and not (path / "state.json").exists():
-        return datasets.load_dataset(str(dataset), config, split=split, revision=revision)
+        name = str(path if path.exists() else dataset)
+        return datasets.load_dataset(name, config, split=split, revision=revision)
     table = datasets.load_from_disk(path)
     splits = dict(table) if isinstance(table, dict) else {str(table.split or "train"): table}
     if split not in splits:

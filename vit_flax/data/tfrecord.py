@@ -109,7 +109,7 @@ def convert_examples(
         for split, shards in files.items():
             names = [f"{split}-{i:05d}-of-{len(shards):05d}.array_record" for i in range(len(shards))]
             counts = [
-                records.write_shard(scratch / name, examples(shard)) for name, shard in zip(names, _progress(shards))
+                records.write_shard(scratch / name, examples(shard)) for shard, name in zip(_progress(shards), names)
             ]
             if not sum(counts):
                 raise ValueError(f"the files of {split!r} hold no record: {', '.join(map(str, shards[:5]))}")
@@ -211,13 +211,16 @@ def _convert_examples(arguments: argparse.Namespace) -> Path:
         raise ValueError(f"expected SPLIT=FILES with at least one file each, found {arguments.source}")
     if arguments.class_names is None:
         raise ValueError("tf.train.Example files say no class names: give --class_names FILE, one name per line")
+    names = Path(arguments.class_names).expanduser().read_text(encoding="utf-8-sig").rstrip().splitlines()
+    if not all(map(str.strip, names)):
+        raise ValueError(f"{arguments.class_names} has a line without a name: expected one class name per line")
     return convert_examples(
         files,
         out=arguments.out,
         image_key=arguments.image_key,
         label_key=arguments.label_key,
         label_offset=arguments.label_offset,
-        class_names=Path(arguments.class_names).expanduser().read_text(encoding="utf-8").splitlines(),
+        class_names=names,
     )
 
 
