@@ -9,7 +9,7 @@ from vit_flax.data import make_data
 from vit_flax.data.arrays import Arrays
 from vit_flax.data.decode import DecodeError
 from vit_flax.data.pipeline import Ahead, Order, eval_batches, train_batches
-from vit_flax.data.transforms import make_transform
+from vit_flax.data.transforms import Decode, Transform, make_transform
 
 
 class AsIs:
@@ -372,6 +372,17 @@ def test_a_bad_label_is_never_skipped():
 def test_evaluation_refuses_random_transforms():
     with pytest.raises(ValueError, match="must not draw random numbers"):
         eval_batches(numbered(4), transform=AddNoise(), batch_size=4)
+
+
+def test_an_operation_that_does_not_say_whether_it_is_random_is_named():
+    class Posterize:
+        def __call__(self, image, rng):
+            return image
+
+    transform = Transform(decode=Decode(), ops=(Posterize(),))
+    for batches in (train_batches, eval_batches):
+        with pytest.raises(AttributeError, match="'Posterize' object has no attribute 'random'"):
+            batches(numbered(4), transform=transform, batch_size=2, **({"seed": 0} if batches is train_batches else {}))
 
 
 def test_closing(recwarn):

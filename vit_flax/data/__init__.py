@@ -57,8 +57,8 @@ def make_data(
       ValueError: an unknown source, split or transform, splits with different classes, or random transforms where they
         must not be.
     """
-    train_transform = make_transform([dict(op) for op in train_transforms])
-    eval_transform = make_transform([dict(op) for op in eval_transforms])
+    train_transform = make_transform(train_transforms)
+    eval_transform = make_transform(eval_transforms)
     if not eval_transform.deterministic:
         raise ValueError("eval_transforms draw random numbers: an evaluation has to see the same pictures every time.")
     if decode_once is True and not train_transform.deterministic:

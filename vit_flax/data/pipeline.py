@@ -112,7 +112,7 @@ def eval_batches(
     """
     local_batch_size = _local_batch_size(batch_size, process_index, process_count)
     _check_reading(num_threads, num_workers)
-    if not getattr(transform, "deterministic", False):
+    if not transform.deterministic:
         raise ValueError("the transforms of an evaluation must not draw random numbers")
     read = Reader(source, transform, on_error=on_error, replace=False)
     import grain

@@ -1,8 +1,7 @@
 """Reading one example: source, transform, checks; and what happens to a picture that cannot be read."""
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from absl import logging
@@ -10,11 +9,21 @@ from absl import logging
 from vit_flax.data.decode import DecodeError
 from vit_flax.data.sources import Example, Source
 
-Transform = Callable[[Example, np.random.Generator | None], Example]
 OnError = Literal["raise", "skip"]
 
 ADVICE = "python -m vit_flax.data.check lists all bad records; data.on_error='skip' goes on without them"
 MAX_BAD_IN_A_ROW = 100  # then "skip" gives up: the whole set is bad, or its disk is gone
+
+
+class Transform(Protocol):
+    """A picklable function of an example and random numbers; `transforms.make_transform` makes them."""
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether it never draws from the random numbers, which may be None then."""
+        ...
+
+    def __call__(self, example: Example, rng: np.random.Generator | None, /) -> Example: ...
 
 
 class Reader:
@@ -40,7 +49,7 @@ class Reader:
         if not len(source):
             raise ValueError(f"{source!r} is empty")
         self.source, self.transform, self.on_error, self.replace = source, transform, on_error, replace
-        self.deterministic: bool = getattr(transform, "deterministic", False)
+        self.deterministic = transform.deterministic
         self._shapes: tuple[tuple[int, int, int], tuple[int, ...]] | None = None  # of the images and the labels
         self._reported: set[int] = set()
         rng = None if self.deterministic else np.random.default_rng(0)

@@ -26,7 +26,7 @@ def make_transform(ops: Sequence[Mapping[str, Any]]) -> "Transform":
       ops: dicts such as {"op": "resize", "size_px": 224}; the names are the keys of `TRANSFORMS`.
     Raises: ValueError: an unknown operation, or arguments that it does not take; the message names its position.
     """
-    built = [_make_op(position, dict(op)) for position, op in enumerate(ops, start=1)]
+    built = [_make_op(position, op) for position, op in enumerate(ops, start=1)]
     for position, op in enumerate(built[1:], start=2):
         if isinstance(op, Decode):
             raise ValueError(f"operation {position} 'decode' must come first: images are decoded once")
@@ -139,7 +139,12 @@ def _apply(op: Any, image: Image.Image | np.ndarray, rng: np.random.Generator) -
     return op(image, rng)
 
 
-def _make_op(position: int, arguments: dict[str, Any]) -> Any:
+def _make_op(position: int, op: Mapping[str, Any]) -> Any:
+    if not hasattr(op, "keys"):  # a ConfigDict is a mapping, but not by its class
+        raise ValueError(
+            f"operation {position} is {op!r}: write it as dict(op=NAME) with its arguments beside the name"
+        )
+    arguments = dict(op)
     name = arguments.pop("op", None)
     if name not in TRANSFORMS:
         near = difflib.get_close_matches(str(name), TRANSFORMS, n=1)
@@ -148,10 +153,8 @@ def _make_op(position: int, arguments: dict[str, Any]) -> Any:
     fields = {field.name: field for field in dataclasses.fields(TRANSFORMS[name])}
     unknown = [argument for argument in arguments if argument not in fields]
     missing = [n for n, field in fields.items() if field.default is dataclasses.MISSING and n not in arguments]
+    signature = ", ".join(n if f.default is dataclasses.MISSING else f"{n}={f.default!r}" for n, f in fields.items())
     if unknown or missing:
-        signature = ", ".join(
-            n if f.default is dataclasses.MISSING else f"{n}={f.default!r}" for n, f in fields.items()
-        )
         problem = f"does not take {unknown}" if unknown else f"needs {missing}"
         raise ValueError(f"operation {position} {name!r} {problem}; its arguments are: {signature}")
     try:
@@ -159,3 +162,8 @@ def _make_op(position: int, arguments: dict[str, Any]) -> Any:
         return TRANSFORMS[name](**{k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()})
     except ValueError as error:
         raise ValueError(f"operation {position} {name!r}: {error}") from error
+    except (TypeError, IndexError) as error:
+        raise ValueError(
+            f"operation {position} {name!r} has an argument of the wrong type ({error}), found {arguments}; "
+            f"its arguments are: {signature}"
+        ) from error
