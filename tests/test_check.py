@@ -26,8 +26,18 @@ def folder(tmp_path):
 
 def test_good_source(folder, capsys):
     assert main(["--source", "folder", f"root={folder}", "--splits", "train"]) == 0
-    expected = "train: 6 records, 0 bad; 2 classes of 3 to 3 (cat, dog); pictures from 8x6 to 10x6 px\n"
-    assert capsys.readouterr().out == expected
+    expected = "train: 6 records, 0 bad; 2 classes of 3 to 3 (cat, dog); pictures from 8x6 to 10x6 px, "
+    assert capsys.readouterr().out == expected + "short side 6 px in the median, 6 to 6 in the middle 80 %\n"
+
+
+def test_the_usual_size_is_not_that_of_a_few_odd_pictures(tmp_path, capsys):
+    for i, side in enumerate([1, *range(20, 31), 400]):
+        for name in ("cat", "dog"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / f"{i}.jpg").write_bytes(jpeg(2 * side, side))
+    assert main(["--source", "folder", f"root={tmp_path}", "--splits", "all"]) == 0
+    expected = "from 2x1 to 800x400 px, short side 25 px in the median, 20 to 30 in the middle 80 %\n"
+    assert capsys.readouterr().out.endswith(expected)
 
 
 def test_all_bad_files_are_listed_at_once(folder, capsys):

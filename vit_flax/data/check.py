@@ -9,8 +9,11 @@ import argparse
 import collections
 import concurrent.futures
 import dataclasses
+import math
 import sys
 from collections.abc import Iterator, Sequence
+
+import numpy as np
 
 from vit_flax.data import workers
 from vit_flax.data.decode import open_picture
@@ -27,15 +30,13 @@ class Report:
       problems: one line per bad record, in the order of the source.
       num_examples: how many records were read.
       per_class: {class: how many good records}; for multi-label data, how many have it.
-      smallest: (width, height) of the picture with the shortest side, in pixels.
-      largest: the same of the picture with the most pixels.
+      sizes: {(width, height) in pixels: how many good pictures}.
     """
 
     problems: list[str] = dataclasses.field(default_factory=list)
     num_examples: int = 0
     per_class: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    smallest: tuple[int, int] | None = None
-    largest: tuple[int, int] | None = None
+    sizes: collections.Counter[tuple[int, int]] = dataclasses.field(default_factory=collections.Counter)
 
 
 def check(source: Source) -> Iterator[Report]:
@@ -67,8 +68,7 @@ def _add(report: Report, problem: str | None, classes: list[str], size: tuple[in
         report.problems.append(problem)
         return
     report.per_class.update(classes)
-    report.smallest = min(report.smallest or size, size, key=min)
-    report.largest = max(report.largest or size, size, key=lambda size: size[0] * size[1])
+    report.sizes[size] += 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,10 +108,16 @@ def _summary(split: str, source: Source, report: Report) -> str:
         f"{split}: {report.num_examples} records, {len(report.problems)} bad; {len(counts)} classes of {min(counts)} "
         f"to {max(counts)} ({_names(source.class_names)})"
     )
-    if report.smallest is None or report.largest is None:  # none could be decoded
+    if not report.sizes:  # none could be decoded
         return summary
-    smallest, largest = ("x".join(map(str, size)) for size in (report.smallest, report.largest))
-    return f"{summary}; pictures from {smallest} to {largest} px"
+    extremes = min(report.sizes, key=min), max(report.sizes, key=math.prod)
+    smallest, largest = ("x".join(map(str, size)) for size in extremes)
+    short_sides = [min(size) for size in report.sizes.elements()]
+    low, median, high = np.quantile(short_sides, (0.1, 0.5, 0.9), method="nearest").tolist()
+    return (
+        f"{summary}; pictures from {smallest} to {largest} px, "
+        f"short side {median} px in the median, {low} to {high} in the middle 80 %"
+    )
 
 
 def _names(class_names: Sequence[str], most: int = 10) -> str:
