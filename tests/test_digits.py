@@ -1,11 +1,15 @@
+import fcntl
 import multiprocessing
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from vit_flax.data.datadir import write_once
 from vit_flax.data.digits import NUM_TEST, SPLIT_SEED, prepare_digits, read_digits
 from vit_flax.data.sources import make_source
 
@@ -44,6 +48,26 @@ def test_two_processes_prepare_at_once(tmp_path):
     assert first == second
     assert [path.name for path in first.parent.iterdir()] == ["1.0.0"]
     assert len(make_source(name="digits", split="train", data_dir=tmp_path)) == 1438
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
+    old = time.time() - 60
+    for name in (".preparing-left", ".preparing-held"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.array_record").write_bytes(b"half")
+        os.utime(tmp_path / name, (old, old))
+    (tmp_path / ".preparing-new").mkdir()
+
+    def write(scratch):
+        os.utime(scratch, (old, old))
+        write_once(tmp_path / "other", lambda folder: (folder / "done").touch(), marker="done")  # another process
+        (scratch / "done").touch()
+
+    held = os.open(tmp_path / ".preparing-held", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    write_once(tmp_path / "set", write, marker="done")
+    os.close(held)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".preparing-held", ".preparing-new", "other", "set"]
 
 
 def test_a_foreign_folder_in_its_place_is_left_alone(tmp_path):

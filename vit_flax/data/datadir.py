@@ -1,11 +1,16 @@
 """Where prepared data lie, and how they get there whole or not at all."""
 
 import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
+
+_SCRATCH = ".preparing-"
+_LEFT_SECS = 5.0  # a scratch folder that is younger may not be locked yet
 
 
 def data_dir_or_default(data_dir: str | os.PathLike[str] | None) -> Path:
@@ -21,7 +26,7 @@ def write_once(directory: Path, write: Callable[[Path], None], *, marker: str) -
     """Fills `directory` unless it is filled, and returns it.
 
     It is written beside its place and renamed, so it is never seen half full, and two processes may come at the same
-    time: the second one's work is thrown away.
+    time: the second one's work is thrown away. What a killed process left is removed.
 
     Args:
       directory: the place.
@@ -36,9 +41,11 @@ def write_once(directory: Path, write: Callable[[Path], None], *, marker: str) -
         return directory
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".preparing-", dir=directory.parent))
+        _remove_leftovers(directory.parent)
+        scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=directory.parent))
     except OSError as error:
         raise OSError(f"cannot write data below {directory.parent}: {error}; choose another data_dir") from error
+    held = _lock(scratch)
     try:
         write(scratch)
         if not (scratch / marker).exists():
@@ -48,6 +55,28 @@ def write_once(directory: Path, write: Callable[[Path], None], *, marker: str) -
             os.rename(scratch, directory)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        if held is not None:
+            os.close(held)
     if not (directory / marker).exists():
         raise FileExistsError(f"{directory} exists but is not a prepared data set; move it away and run again")
     return directory
+
+
+def _remove_leftovers(parent: Path) -> None:
+    """Removes the scratch folders of processes that were killed: those that nobody holds."""
+    for scratch in parent.glob(f"{_SCRATCH}*"):
+        with contextlib.suppress(OSError):  # of another user, or gone by now
+            if time.time() - scratch.stat().st_mtime > _LEFT_SECS and (held := _lock(scratch)) is not None:
+                shutil.rmtree(scratch, ignore_errors=True)
+                os.close(held)
+
+
+def _lock(folder: Path) -> int | None:
+    """Holds a folder until the descriptor is closed or this process ends; None if it is held, or cannot be."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
