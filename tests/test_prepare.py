@@ -193,6 +193,17 @@ if __name__ == "__main__":
     assert len(list(out.iterdir())) == 4
 
 
+def end_process(*_, **__):
+    os._exit(9)
+
+
+def test_a_killed_worker_process_is_no_traceback(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepare_module, "encode_picture", end_process)
+    words = ["--source", "folder", f"root={folder}", "--splits", "val", "--out", str(tmp_path / "out")]
+    assert main([*words, "--num_workers", "1"]) == 2
+    assert "error: a worker process was killed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -67,6 +67,7 @@ def prepare(
     Raises:
       ValueError: bad arguments, `out` holds something else, or another process is writing it.
       DecodeError: a picture that cannot be read; it is named. The finished shards stay, so little is done twice.
+      ChildProcessError: a worker process was killed.
     """
     if short_side_px is not None and short_side_px < 1:
         raise ValueError(f"short_side_px={short_side_px} must be positive, or None")
@@ -207,9 +208,14 @@ def _run(jobs: list[tuple[Any, ...]], num_workers: int) -> None:
                 progress.update(task, completed=counter.value)
                 for future in finished:
                     future.result()
-        except BaseException:
+        except BaseException as error:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(error, concurrent.futures.BrokenExecutor):
+                raise ChildProcessError(
+                    "a worker process was killed, perhaps because the memory is full; the same command goes on from here, "
+                    "and a smaller num_workers needs less memory"
+                ) from error
             raise
 
 
