@@ -24,7 +24,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_good_source(folder, capsys):
+def test_good_source(folder, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes standard error for a terminal, where it draws its bar
     assert main(["--source", "folder", f"root={folder}", "--splits", "train"]) == 0
     expected = "train: 6 records, 0 bad; 2 classes of 3 to 3 (cat, dog); pictures from 8x6 to 10x6 px, "
     assert capsys.readouterr().out == expected + "short side 6 px in the median, 6 to 6 in the middle 80 %\n"

@@ -89,16 +89,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     num_bad = 0
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        for split, opened in zip(arguments.splits, sources):
+    for split, opened in zip(arguments.splits, sources):
+        report = Report()
+        with Progress(console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task(split, total=len(opened))
-            report = Report()
             for report in check(opened):
                 progress.update(task, completed=report.num_examples)
-            for problem in report.problems:
-                print(problem)
-            print(_summary(split, opened, report))
-            num_bad += len(report.problems)
+        # Not before: beside the bar, what is printed goes where the bar is, even if standard output is a file.
+        print(*report.problems, _summary(split, opened, report), sep="\n")
+        num_bad += len(report.problems)
     return 1 if num_bad else 0
 
 

@@ -213,8 +213,8 @@ def _run(jobs: list[tuple[Any, ...]], num_workers: int) -> None:
             pool.shutdown(wait=False, cancel_futures=True)
             if isinstance(error, concurrent.futures.BrokenExecutor):
                 raise ChildProcessError(
-                    "a worker process was killed, perhaps because the memory is full; the same command goes on from here, "
-                    "and a smaller num_workers needs less memory"
+                    "a worker process was killed, perhaps because the memory is full; the same command goes on from "
+                    "here, and a smaller num_workers needs less memory"
                 ) from error
             raise
 
