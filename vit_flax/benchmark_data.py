@@ -23,14 +23,6 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-_IMAGES = flags.DEFINE_string("images", None, "Folder of JPEG files, searched through; none: photographs are made up.")
-_PEERS = flags.DEFINE_bool("peers", False, "Measure tf.data and torch as well, where they are installed.")
-_PREPARED = flags.DEFINE_bool("prepared", False, "Measure ours on copies with a short side of 256 px as well.")
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "Turns per pipeline; the median is reported.")
-_BATCHES = flags.DEFINE_integer("batches", 12, "Batches of 64 images measured per turn.")
-_THREADS = flags.DEFINE_integer("threads", 2, "Threads (torch: worker processes) of each pipeline.")
-_CHILD = flags.DEFINE_string("child", None, "Internal: the pipeline that this process runs.")
-
 SIZE_PX = 224
 BATCH_SIZE = 64
 REFERENCE = "vit_flax pillow bicubic"
@@ -156,21 +148,22 @@ PEERS: dict[str, tuple[str, Callable[..., Iterator[Any]], dict[str, Any]]] = {
 
 
 def main(argv: list[str]) -> None:
-    """Starts one process per pipeline, lets them take turns, and reports."""
+    """Measures and reports, or, started by `measure`, runs one pipeline."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    if _CHILD.value:
-        serve(_CHILD.value, json.loads(sys.stdin.readline()))
+    given = flags.FLAGS
+    if given.child:
+        serve(given.child, json.loads(sys.stdin.readline()))
         return
     with tempfile.TemporaryDirectory() as scratch:
-        files = find_images(_IMAGES.value) if _IMAGES.value else make_photographs(Path(scratch), count=64)
-        runs = [(name, name, files) for name in installed({**PIPELINES, **(PEERS if _PEERS.value else {})})]
-        if _PREPARED.value:
+        files = find_images(given.images) if given.images else make_photographs(Path(scratch), count=64)
+        runs = [(name, name, files) for name in installed({**PIPELINES, **(PEERS if given.peers else {})})]
+        if given.prepared:
             small = prepare(files, Path(scratch) / "prepared")
             runs += [(f"{name}, prepared 256 px", name, small) for name in installed(PIPELINES)]
-        rates = measure(runs)
+        rates = measure(runs, rounds=given.rounds, batches=given.batches, threads=given.threads)
         differences = {name: difference(files, PIPELINES[name][2]) for name in installed(PIPELINES)}
-    report(rates, differences, files)
+        report(rates, differences, files)
 
 
 def installed(pipelines: dict[str, Any]) -> list[str]:
@@ -183,18 +176,23 @@ def installed(pipelines: dict[str, Any]) -> list[str]:
     return found
 
 
-def measure(runs: list[tuple[str, str, list[str]]]) -> dict[str, list[dict[str, float]]]:
-    """Images per CPU second and per second, one entry per round, of each (label, pipeline, files)."""
+def measure(
+    runs: list[tuple[str, str, list[str]]], *, rounds: int, batches: int, threads: int
+) -> dict[str, list[dict[str, float]]]:
+    """Images per CPU second and per second, one entry per round, of each (label, pipeline, files).
+
+    Starts one process per pipeline, and lets them take turns.
+    """
     children = {}
     rates: dict[str, list[dict[str, float]]] = {label: [] for label, *_ in runs}
     try:
         for label, name, files in runs:
             command = [sys.executable, "-m", "vit_flax.benchmark_data", "--child", name]
             children[label] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            _ask(children[label], {"files": files, "threads": _THREADS.value})
-        for _ in range(_ROUNDS.value):
+            _ask(children[label], {"files": files, "threads": threads})
+        for _ in range(rounds):
             for label in children:
-                rates[label].append(_ask(children[label], {"batches": _BATCHES.value}))
+                rates[label].append(_ask(children[label], {"batches": batches}))
     finally:
         for child in children.values():
             child.kill()
@@ -279,7 +277,7 @@ def find_images(directory: str) -> list[str]:
 
 
 def make_photographs(directory: Path, count: int) -> list[str]:
-    """Writes JPEGs with the size (500 x 375), the spectrum and the weight (about 110 KB) of web photographs."""
+    """Writes JPEGs with the size (500 x 375), the spectrum and the weight (about 140 KB) of web photographs."""
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -316,7 +314,8 @@ def report(rates: dict[str, list[dict[str, float]]], differences: dict[str, floa
     """Prints a JSON line per pipeline, then the table."""
     median = {label: statistics.median(r["per_cpu_second"] for r in rounds) for label, rounds in rates.items()}
     sizes = [os.path.getsize(file) for file in files]
-    print(f"\n{len(files)} files, {statistics.mean(sizes) / 1000:.0f} KB on average; {_ROUNDS.value} rounds\n")
+    num_rounds = len(next(iter(rates.values())))
+    print(f"\n{len(files)} files, {statistics.mean(sizes) / 1000:.0f} KB on average; {num_rounds} rounds\n")
     table = [
         "| pipeline | images / CPU s | low - high | ratio | images / s | differs by |",
         "|---|---|---|---|---|---|",
@@ -339,4 +338,11 @@ def report(rates: dict[str, list[dict[str, float]]], differences: dict[str, floa
 
 
 if __name__ == "__main__":
+    flags.DEFINE_string("images", None, "Folder of JPEG files, searched through; none: photographs are made up.")
+    flags.DEFINE_bool("peers", False, "Measure tf.data and torch as well, where they are installed.")
+    flags.DEFINE_bool("prepared", False, "Measure ours on copies with a short side of 256 px as well.")
+    flags.DEFINE_integer("rounds", 5, "Turns per pipeline; the median is reported.", lower_bound=1)
+    flags.DEFINE_integer("batches", 12, "Batches of 64 images measured per turn.", lower_bound=1)
+    flags.DEFINE_integer("threads", 2, "Threads (torch: worker processes) of each pipeline.", lower_bound=1)
+    flags.DEFINE_string("child", None, "Internal: the pipeline that this process runs.")
     app.run(main)
