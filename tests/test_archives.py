@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import gzip
 import hashlib
 import io
@@ -9,7 +10,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from vit_flax.data import archives
+from vit_flax.data import archives, datadir
 from vit_flax.data.sources import make_source
 
 
@@ -149,15 +150,16 @@ def test_a_damaged_archive_is_named(tmp_path):
         make_source(name="cifar10", split="train", data_dir=tmp_path)
 
 
-def test_a_read_only_data_dir_is_parsed_each_time(tmp_path, genuine, monkeypatch):
+def test_a_read_only_data_dir_is_parsed_each_time(tmp_path, genuine, monkeypatch, caplog):
     pictures = write_mnist(tmp_path / "mnist")
     genuine("mnist", tmp_path / "mnist")
 
     def refuse(*args, **kwargs):
-        raise PermissionError("read-only")
+        raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(archives, "write_once", refuse)
+    monkeypatch.setattr(datadir.tempfile, "mkdtemp", refuse)
     assert_holds(make_source(name="mnist", split="test", data_dir=tmp_path), *pictures["test"])
+    assert re.search(r"cannot write data below .*Read-only.*; parsing mnist again in every run", caplog.text)
 
 
 @pytest.mark.parametrize("download", [True, None])

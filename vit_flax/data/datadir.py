@@ -35,7 +35,7 @@ def write_once(directory: Path, write: Callable[[Path], None], *, marker: str) -
 
     Raises:
       FileExistsError: something else is in its place; it is left alone.
-      OSError: the place cannot be written.
+      PermissionError: the place cannot be written.
     """
     if (directory / marker).exists():
         return directory
@@ -44,7 +44,10 @@ def write_once(directory: Path, write: Callable[[Path], None], *, marker: str) -
         _remove_leftovers(directory.parent)
         scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=directory.parent))
     except OSError as error:
-        raise OSError(f"cannot write data below {directory.parent}: {error}; choose another data_dir") from error
+        # Also where a file system is read-only, which Python gives no class of its own.
+        raise PermissionError(
+            f"cannot write data below {directory.parent}: {error}; choose another data_dir"
+        ) from error
     held = _lock(scratch)
     try:
         write(scratch)
