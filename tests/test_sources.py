@@ -66,6 +66,11 @@ def test_arrays_never_unpickle(tmp_path):
         (np.zeros((2, 4), np.uint8), np.zeros(2, int), "uint8"),
         (np.zeros((2, 4, 4), np.uint8), np.zeros(2), "integer labels"),
         (np.zeros((2, 4, 4), np.uint8), np.zeros(3, int), "integer labels"),
+        (
+            np.zeros((2, 4, 4), np.uint8),
+            np.zeros((2, 1), int),
+            r"zeros and ones \[n, v\] for 2 images, found int64 \(2, 1",
+        ),
         (np.zeros((0, 4, 4), np.uint8), np.zeros(0, int), "empty"),
     ],
 )

@@ -107,9 +107,10 @@ def _select(split: str, arrays: Mapping[str, tuple[Any, Any]]) -> tuple[np.ndarr
             images = images[..., None]
         if images.dtype != np.uint8 or images.ndim != 4:
             raise ValueError(f"expected images uint8 [n, h, w] or [n, h, w, c], found {images.dtype} {images.shape}")
-        if labels.dtype.kind not in "iu" or labels.ndim not in (1, 2) or len(labels) != len(images):
-            found = f"{labels.dtype} {labels.shape}"
-            raise ValueError(f"expected integer labels [n] or [n, v] for {len(images)} images, found {found}")
+        one_column = labels.shape[1:] == (1,)  # Keras gives class numbers so; they would pass for a single class
+        if labels.dtype.kind not in "iu" or labels.ndim not in (1, 2) or one_column or len(labels) != len(images):
+            expected = "integer labels [n] or, for several classes at once, zeros and ones [n, v]"
+            raise ValueError(f"expected {expected} for {len(images)} images, found {labels.dtype} {labels.shape}")
         parts.append((images[start:stop], labels[start:stop]))
     if len(parts) == 1:
         return parts[0]  # still a memory map, where it was one
