@@ -185,8 +185,10 @@ def list_pictures(root: Path, directory: Path, ignored: list[str]) -> list[str]:
         files = [name for name in files if name[0] != "."]
         ignored += [os.path.join(parent, name) for name in files if not is_picture(name)]
         ignored += [os.path.join(parent, name) for name in links]
-        found += [os.path.join(parent, _checked_name(name)) for name in files if is_picture(name)]
-    return sorted(os.path.relpath(path, root) for path in found)
+        below = os.path.relpath(parent, root)  # once a folder: a call per file is most of the time of a large listing
+        below = "" if below == os.curdir else below
+        found += [os.path.join(below, _checked_name(name)) for name in files if is_picture(name)]
+    return sorted(found)
 
 
 def _split_by_hash(
