@@ -1,9 +1,11 @@
 import hashlib
 import json
+import types
 
 import numpy as np
 import pytest
 
+from vit_flax.data import huggingface
 from vit_flax.data.sources import SOURCES, Source, make_source, parse_source
 
 
@@ -107,6 +109,14 @@ def test_tfds_unknown_name():
 def test_tfds_unknown_split(tmp_path):
     with pytest.raises(ValueError, match=r"split 'val'.*train, test"):
         make_source(name="digits", split="val", data_dir=tmp_path)
+
+
+def test_a_hugging_face_folder_may_be_written_with_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "pets").mkdir()
+    library = types.SimpleNamespace(load_dataset=lambda name, *_, **__: name)
+    opened = [huggingface._open(library, name, "train", None, None) for name in ("~/pets", "user/name")]
+    assert opened == [str(tmp_path / "pets"), "user/name"]
 
 
 def test_every_source_is_documented():
