@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vit_flax.data import check as check_module
 from vit_flax.data.arrays import Arrays
-from vit_flax.data.check import check, main
+from vit_flax.data.check import Report, check, main
 
 
 def jpeg(width=8, height=6):
@@ -67,6 +68,18 @@ def test_all_files_are_bad(folder, capsys):
         path.write_bytes(b"")
     assert main(["--source", "folder", f"root={folder}", "--splits", "train"]) == 1
     assert capsys.readouterr().out.splitlines()[-1] == "train: 6 records, 6 bad; 2 classes of 0 to 0 (cat, dog)"
+
+
+def test_an_interruption_loses_nothing_that_was_found(folder, capsys, monkeypatch):
+    def check_half(source):
+        yield Report(problems=["cat/0.jpg is bad"], num_examples=3)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(check_module, "check", check_half)
+    assert main(["--source", "folder", f"root={folder}", "--splits", "train", "train"]) == 130
+    printed = capsys.readouterr()
+    assert printed.out.startswith("cat/0.jpg is bad\ntrain: 3 records, 1 bad")
+    assert "interrupted after 3 of 6 records of train" in printed.err
 
 
 def test_a_file_that_disappeared(folder):

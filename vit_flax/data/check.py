@@ -90,13 +90,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     num_bad = 0
     for split, opened in zip(arguments.splits, sources):
-        report = Report()
+        report, interrupted = Report(), False
         with Progress(console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task(split, total=len(opened))
-            for report in check(opened):
-                progress.update(task, completed=report.num_examples)
+            try:
+                for report in check(opened):
+                    progress.update(task, completed=report.num_examples)
+            except KeyboardInterrupt:
+                interrupted = True
         # Not before: beside the bar, what is printed goes where the bar is, even if standard output is a file.
         print(*report.problems, _summary(split, opened, report), sep="\n")
+        if interrupted:
+            print(f"interrupted after {report.num_examples} of {len(opened)} records of {split}", file=sys.stderr)
+            return 130
         num_bad += len(report.problems)
     return 1 if num_bad else 0
 
