@@ -120,7 +120,9 @@ def test_numbered_labels_are_no_names(tmp_path):
 
 
 @pytest.mark.parametrize("name", [VIT, "hf_Dinov2ForImageClassification", "hf_SiglipForImageClassification"])
-@pytest.mark.parametrize(("said", "meant"), [("multi_label_classification", "sigmoid"), (None, "softmax")])
+@pytest.mark.parametrize(
+    ("said", "meant"), [("multi_label_classification", "sigmoid"), ("regression", "none"), (None, "softmax")]
+)
 def test_classifiers_of_several_labels(name, said, meant, tmp_path):
     pretrained = load_pretrained(copy_of(name, tmp_path / "a", problem_type=said))
     assert pretrained.probabilities == meant

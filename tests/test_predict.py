@@ -159,10 +159,15 @@ def test_mistakes_end_with_a_message(arguments, message, capsys, monkeypatch):
     assert message in capsys.readouterr().err
 
 
-def test_one_number_is_no_class():
+@pytest.mark.parametrize(
+    ("num_classes", "probabilities", "found"),
+    [(1, "softmax", "one output, a number"), (3, "none", "outputs that are numbers")],
+)
+def test_numbers_are_no_classes(num_classes, probabilities, found):
     pretrained = load_pretrained("tests/golden/vit_jax_prelinen.ckpt.npz")
-    regression = dataclasses.replace(pretrained, model=pretrained.model.clone(num_classes=1))
-    with pytest.raises(ValueError, match=r"prelinen.* has one output, a number and not classes"):
+    model = pretrained.model.clone(num_classes=num_classes)
+    regression = dataclasses.replace(pretrained, model=model, probabilities=probabilities)
+    with pytest.raises(ValueError, match=rf"prelinen.* has {found} and not classes"):
         next(predict.predict(regression, [Path("README.md")]))
 
 

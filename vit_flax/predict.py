@@ -63,8 +63,10 @@ def predict(
             f"{pretrained.report.path} has no classes: its head projects into the space of CLIP's text tower. "
             "Fine-tune it first."
         )
-    if pretrained.model.num_classes == 1 and pretrained.probabilities == "softmax":
-        raise ValueError(f"{pretrained.report.path} has one output, a number and not classes: use it from Python.")
+    only = pretrained.model.num_classes == 1 and pretrained.probabilities == "softmax"
+    if only or pretrained.probabilities == "none":
+        found = "one output, a number" if only else "outputs that are numbers"
+        raise ValueError(f"{pretrained.report.path} has {found} and not classes: use it from Python.")
     prepare, params = _preparation(pretrained), jax.device_put(pretrained.params)
     names = pretrained.class_names or [str(i) for i in range(pretrained.model.num_classes)]
 

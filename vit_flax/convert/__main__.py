@@ -89,7 +89,9 @@ def not_kept(loaded: Pretrained, written: Spec) -> Iterator[str]:
     if loaded.class_names and written.class_names != loaded.class_names:
         yield f"not kept       the names of the {len(loaded.class_names)} classes: this format has no place for them"
     if loaded.probabilities != written.probabilities:
-        yield f"not kept       that the probabilities of the classes are the {loaded.probabilities} of the logits"
+        what = f"the probabilities of the classes are the {loaded.probabilities} of the logits"
+        what = "the outputs are numbers and no classes" if loaded.probabilities == "none" else what
+        yield f"not kept       that {what}"
     ours, theirs = loaded.preprocess, written.preprocess
     if ours and (theirs is None or not ours.same_as(theirs)):
         yield f"not kept       the preprocessing: {preprocessing(ours)}"

@@ -61,8 +61,8 @@ def save_pretrained(
         224 for a model without a learned one.
       posemb_resize: how the position table is to be resampled later (kept by our own format only).
       patch_resize: the same for the patch embedding.
-      probabilities: "sigmoid" where each class has its own, as of a model for several labels (kept by our own format,
-        and by transformers' where it has labels).
+      probabilities: "sigmoid" where each class has its own, as of a model for several labels; "none" for numbers that
+        are no classes (kept by our own format, and by transformers' where it has labels).
 
     Returns: the folder, or the .npz file.
 

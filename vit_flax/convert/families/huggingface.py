@@ -135,10 +135,10 @@ def read_class_names(source: Source, classes: int | None) -> tuple[str, ...] | N
 
 def read_probabilities(source: Source) -> str:
     """As the loss that config.json names; of classifiers without one, one class to a picture is the rule."""
-    return "sigmoid" if source.config.get("problem_type") == _SEVERAL_LABELS else "softmax"
+    return _PROBLEMS.get(source.config.get("problem_type"), "softmax")
 
 
-_SEVERAL_LABELS = "multi_label_classification"
+_PROBLEMS = {"multi_label_classification": "sigmoid", "regression": "none"}
 
 
 def _numbered(classes: int) -> tuple[str, ...]:
@@ -149,7 +149,8 @@ def write_labels(out: Outgoing) -> dict[str, Any]:
     """`id2label` and its inverse, which also say the size of the head (none for no head), and what is not the rule."""
     names = out.class_names or _numbered(out.model.num_classes or 0)
     labels = {"id2label": {str(i): n for i, n in enumerate(names)}, "label2id": {n: i for i, n in enumerate(names)}}
-    return labels | ({"problem_type": _SEVERAL_LABELS} if out.probabilities == "sigmoid" else {})
+    problem = next((theirs for theirs, ours in _PROBLEMS.items() if ours == out.probabilities), None)
+    return labels | ({"problem_type": problem} if problem else {})
 
 
 def write_files(out: Outgoing, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
