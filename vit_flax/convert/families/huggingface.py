@@ -154,11 +154,9 @@ def write_labels(out: Outgoing) -> dict[str, Any]:
 
 
 def write_files(out: Outgoing, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """config.json and, where the preprocessing is known, preprocessor_config.json."""
-    files = {CONFIG: config}
-    if out.preprocess is not None:
-        files[PREPROCESSOR] = write_preprocess(out.preprocess)
-    return files
+    """config.json and, where the preprocessing is known and an image processor does it, preprocessor_config.json."""
+    values = write_preprocess(out.preprocess) if out.preprocess is not None else None
+    return {CONFIG: config} | ({PREPROCESSOR: values} if values else {})
 
 
 def read_preprocess(source: Source, patch_size: int | Sequence[int]) -> Preprocess | None:
@@ -230,10 +228,10 @@ def _read_size(values: Config) -> tuple[Grid | None, bool]:
     return both_sides(size), False
 
 
-def write_preprocess(preprocess: Preprocess) -> dict[str, Any]:
-    """As the image processor that does the same. They all antialias: `antialias=False` has no place here.
+def write_preprocess(preprocess: Preprocess) -> dict[str, Any] | None:
+    """As the image processor that does the same; None where there is none: for a crop that is no square.
 
-    Raises: ValueError: no image processor does the same.
+    They all antialias: `antialias=False` has no place here.
     """
     rows, columns = preprocess.image_size
     crop = {"do_center_crop": True, "crop_size": {"height": rows, "width": columns}}
@@ -246,7 +244,7 @@ def write_preprocess(preprocess: Preprocess) -> dict[str, Any]:
     elif rows == columns:
         how = {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": round(rows / fraction)}, **crop}
     else:
-        raise ValueError(f"no image processor resizes the shorter side and crops {rows}x{columns}")
+        return None
     return how | {
         "do_convert_rgb": len(preprocess.mean) == 3,
         "do_resize": True,
