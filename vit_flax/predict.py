@@ -188,9 +188,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         paths = find_pictures(arguments.images)
+        preprocess = None if arguments.preprocess is None else _read_preprocess(arguments.preprocess)
         pretrained = load_pretrained(arguments.checkpoint, family=arguments.family, image_size=arguments.image_size)
-        if arguments.preprocess is not None:
-            pretrained = _with_preprocess(pretrained, arguments.preprocess)
+        if preprocess is not None:
+            pretrained = _with_preprocess(pretrained, preprocess)
         unread, table = 0, None
         for path, found in predict(pretrained, paths, top=arguments.top, batch_size=arguments.batch_size):
             if isinstance(found, Exception):
@@ -219,11 +220,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if unread else 0
 
 
-def _with_preprocess(pretrained: Pretrained, text: str) -> Pretrained:
+def _read_preprocess(text: str) -> Preprocess:
     try:
-        preprocess = Preprocess.from_dict(json.loads(text))
+        return Preprocess.from_dict(json.loads(text))
     except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"--preprocess: {error}") from error
+        raise ValueError(f"--preprocess {text}: {error}\n{_ADVICE}") from error
+
+
+def _with_preprocess(pretrained: Pretrained, preprocess: Preprocess) -> Pretrained:
     # Learned positions are of one size; another with as many patches would go through, its positions out of place.
     if pretrained.model.posemb == "learned" and preprocess.image_size != pretrained.image_size:
         want = "x".join(map(str, preprocess.image_size))
