@@ -135,7 +135,7 @@ def read_class_names(source: Source, classes: int | None) -> tuple[str, ...] | N
 
 def read_probabilities(source: Source) -> str:
     """As the loss that config.json names; of classifiers without one, one class to a picture is the rule."""
-    return _PROBLEMS.get(source.config.get("problem_type"), "softmax")
+    return _PROBLEMS.get(str(source.config.get("problem_type")), "softmax")
 
 
 _PROBLEMS = {"multi_label_classification": "sigmoid", "regression": "none"}
