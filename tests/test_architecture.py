@@ -52,7 +52,15 @@ MAY_IMPORT |= {
     | {f"vit_flax.{beside}" for beside in ("step", "metrics", "sharding", "distributed", "sinks", "pictures", "files")}
     | {
         f"vit_flax.{beside}"
-        for beside in ("checkpoint_record", "checksums", "tree_paths", "retention", "orbax_noise", "param_groups")
+        for beside in (
+            "checkpoint_record",
+            "checksums",
+            "tree_paths",
+            "retention",
+            "orbax_noise",
+            "param_groups",
+            "optim",
+        )
     }
     | {"absl", "etils", "orbax", "rich", "PIL"}
     for name in MEASURES

@@ -13,6 +13,7 @@ from vit_flax.convert import __main__ as command
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = ROOT / "tests" / "golden" / "vit_jax_prelinen.ckpt.npz"
+EXACT_GELU = str(ROOT / "tests" / "golden" / "hf_ViTForImageClassification")
 NO_CLASS_TOKEN = ROOT / "tests" / "golden" / "big_vision_map_scan.ckpt.npz"
 
 
@@ -51,6 +52,14 @@ def test_what_the_format_has_no_place_for_is_said(name, to, lines, tmp_path, cap
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  not kept ")]
     assert len(said) == len(lines)
     assert all(line in printed for line, printed in zip(lines, said, strict=True))
+
+
+def test_the_weights_of_one_activation_are_written_for_another(tmp_path):
+    fields = """{"activation": "gelu_tanh", "norm_eps": 1e-6}"""
+    assert command.main([EXACT_GELU, str(tmp_path / "out.npz"), "--to", "npz", "--fields", fields]) == 0
+    before, after = load_pretrained(EXACT_GELU), load_pretrained(tmp_path / "out.npz")
+    assert (after.model.activation, after.model.norm_eps) == ("gelu_tanh", 1e-6)
+    np.testing.assert_array_equal(after.params["head"]["kernel"], before.params["head"]["kernel"])
 
 
 def test_description_says_what_the_file_is(capsys):
@@ -107,7 +116,11 @@ def test_time_and_memory_are_measured(capsys, monkeypatch):
             [str(NO_CLASS_TOKEN), "OUT", "--to", "google"],
             "google: it would not be recognised as one\nNothing was written",
         ),
-        ([str(CHECKPOINT), "tests", "--to", "npz"], "tests exists and is not empty"),
+        (["nowhere.npz", "tests", "--to", "npz"], "tests exists and is not empty"),  # before anything is read
+        (["nowhere.npz", "a.npz", "--to", "timm"], "a.npz: timm is written as a folder"),
+        (["nowhere.npz", "a.safetensors", "--to", "npz"], "npz is written as a file: give a name that ends in .npz"),
+        ([EXACT_GELU, "OUT", "--to", "npz"], "as 1e-06\nActivation and epsilon can be fixed by the code"),
+        ([EXACT_GELU, "OUT", "--to", "hf:dinov3_vit"], "no place for posemb/table\nNothing was written"),
         ([str(CHECKPOINT), "OUT", "--to", "npz", "--family", "x"], "Unknown family 'x'"),
         (
             ["--describe", str(CHECKPOINT), "--num_classes", "0", "--ignore", "a"],
@@ -150,6 +163,13 @@ def test_a_reader_who_has_seen_enough_is_no_error(run, tmp_path, monkeypatch, ca
         file.write("nobody reads this")
     assert not (tmp_path / "out").read_text()
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["norm_eps", "[1]"])
+def test_fields_that_are_no_json_object(text, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["a", "b", "--to", "npz", "--fields", text])
+    assert """expected JSON such as {"norm_eps": 1e-6}, found""" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--only", "--ignore"])

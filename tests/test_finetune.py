@@ -124,13 +124,15 @@ def test_head_is_kept_for_the_same_classes_in_the_same_order(tmp_path):
     np.savez(tmp_path / "digits.npz", train_images=images[:50], train_labels=labels[:50])
     config.data.source = dict(name="arrays", path=str(tmp_path / "digits.npz"), class_names=NAMES)
     config.data.train_split = config.data.eval_split = "train"
-    build(config)
+    complete = build(config).config
     config.data.source.class_names = (NAMES[1], NAMES[0], *NAMES[2:])
     message = (
         r"(?s)2 of the 10 classes of .*class 0: the data says 'one', the checkpoint 'zero'.*Leave init\.keep_head out"
     )
     with pytest.raises(ConfigError, match=message):
         build(config)
+    with pytest.raises(ConfigError, match=message):  # the config of a run, given other data
+        build({**complete, "data": config.data.to_dict()}).pretrained()
     config.init.override = ("class_names",)
     build(config).pretrained()
     config.model.num_classes = 5

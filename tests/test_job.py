@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers import csv_rows, metrics_lines, tiny_config
 from vit_flax import job as job_module
-from vit_flax import train_log
+from vit_flax import load_pretrained, train_log
 from vit_flax.augment import augment
 from vit_flax.checkpoint import Checkpoints
 from vit_flax.config import ConfigError, bind, in_steps
@@ -153,8 +153,11 @@ def test_what_is_kept_is_among_what_is_saved(steps_per_epoch):
     assert steps["keep_every_steps"] == 3 * steps["every_steps"]
 
 
-def test_schedule_free_is_evaluated_at_its_average(tmp_path):
+@pytest.mark.parametrize("frozen", [(), ("patch_embed/.*", "blocks/norm1/.*")])
+def test_schedule_free_is_evaluated_and_loaded_at_its_average(frozen, tmp_path):
     config = schedule_free()
+    config.optim.freeze = frozen
+    config.run.ema_decay = 0.5
     state, results = train(config, tmp_path)
     job = build(config)
     found = {}
@@ -166,8 +169,10 @@ def test_schedule_free_is_evaluated_at_its_average(tmp_path):
     assert results["test/loss"] == pytest.approx(found["test/loss"], rel=1e-6)
     assert results["test/loss"] != pytest.approx(at_parameters, rel=1e-3)
     assert evaluate(config, tmp_path)["test/loss"] == results["test/loss"]
-    config.data.eval_split = "test[:100]"  # which no checkpoint asks for, though the optimiser is read with it
-    assert evaluate(config, tmp_path)["test/count"] == 100
+    assert evaluate(config, tmp_path)["test/ema_loss"] == results["test/ema_loss"]
+    average = eval_params(state.opt_state, state.params)
+    for name, weights in {str(tmp_path): average, f"{tmp_path}:ema": state.ema}.items():
+        jax.tree.map(np.testing.assert_array_equal, load_pretrained(name).params, jax.device_get(weights))
 
 
 class Killed(Exception):

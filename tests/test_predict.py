@@ -150,7 +150,8 @@ def test_what_cannot_be_read_is_said_and_the_rest_is_classified(run, capsys, tmp
             "every token by itself",
         ),
         (["--checkpoint", "tests/golden/hf_CLIPModel", "README.md"], "its head projects into the space of CLIP's text"),
-        (["--checkpoint", "hf://a/b/c", "README.md", "--preprocess", "{"], "hf://a/b/c: "),
+        (["--checkpoint", "hf://a/b/c", "README.md"], "hf://a/b/c: "),
+        (["--checkpoint", "nowhere", "README.md", "--preprocess", "{"], "--preprocess {: "),  # before anything is read
     ],
 )
 def test_mistakes_end_with_a_message(arguments, message, capsys, monkeypatch):
@@ -159,10 +160,15 @@ def test_mistakes_end_with_a_message(arguments, message, capsys, monkeypatch):
     assert message in capsys.readouterr().err
 
 
-def test_one_number_is_no_class():
+@pytest.mark.parametrize(
+    ("num_classes", "probabilities", "found"),
+    [(1, "softmax", "one output, a number"), (3, "none", "outputs that are numbers")],
+)
+def test_numbers_are_no_classes(num_classes, probabilities, found):
     pretrained = load_pretrained("tests/golden/vit_jax_prelinen.ckpt.npz")
-    regression = dataclasses.replace(pretrained, model=pretrained.model.clone(num_classes=1))
-    with pytest.raises(ValueError, match=r"prelinen.* has one output, a number and not classes"):
+    model = pretrained.model.clone(num_classes=num_classes)
+    regression = dataclasses.replace(pretrained, model=model, probabilities=probabilities)
+    with pytest.raises(ValueError, match=rf"prelinen.* has {found} and not classes"):
         next(predict.predict(regression, [Path("README.md")]))
 
 
@@ -197,7 +203,7 @@ def test_preparation_that_the_checkpoint_does_not_know_can_be_given(run, capsys,
     assert predict.main(["--checkpoint", str(folder / "run"), *arguments[2:]]) == 0
     assert bare[0]["top"] == lines(capsys)[0]["top"]
     assert predict.main([*arguments, "--preprocess", '{"size": 3}']) == 2
-    assert "--preprocess: " in capsys.readouterr().err
+    assert '--preprocess {"size": 3}: ' in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -283,9 +289,12 @@ def test_a_folder_of_a_run_brings_its_evaluation_along(photographs, tmp_path, ca
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([1], "--preprocess: "),
+        ([1], "--preprocess [1]: "),
+        ({"mean": [0.5]}, "Say it, for example: --preprocess '{"),
         ({"image_size": 16}, "image_size=16 must be two whole numbers"),
-        ({"image_size": [8, 8], "mean": [], "std": []}, "one entry per channel"),
+        ({"image_size": [8, 8], "mean": [], "std": []}, "one number per channel"),
+        ({"image_size": [8, 8], "mean": 0.5, "std": 0.5}, "one number per channel"),
+        ({"image_size": [8, 8], "mean": ["a", 0, 0]}, "one number per channel"),
         ({"image_size": [8, 8], "crop_fraction": 0}, "crop_fraction=0 must be above 0 and at most 1"),
         ({"image_size": [8, 8], "crop_fraction": 2}, "crop_fraction=2 must be above 0 and at most 1"),
     ],

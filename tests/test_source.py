@@ -182,6 +182,9 @@ def test_shards_that_are_missing(weights, tmp_path):
     index.write_text("{}")
     with pytest.raises(ValueError, match=r"index\.json: expected a table 'weight_map'"):
         open_source(tmp_path)
+    (tmp_path / "1.safetensors").rename(first := tmp_path / "model-00001-of-00002.safetensors")
+    with pytest.raises(ValueError, match=r"00002\.safetensors: one shard of several\. Give the folder"):
+        open_source(first)
 
 
 def test_name_of_a_repository_without_its_scheme():
@@ -191,6 +194,13 @@ def test_name_of_a_repository_without_its_scheme():
         open_source("owner/vit-base")
     with pytest.raises(FileNotFoundError, match=r"no such file or folder\.$"):
         open_source("tests/vit-base")
+
+
+def test_name_of_a_checkpoint_that_no_run_has(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=rf"no such file or folder\. Of a run there are {tmp_path}, {tmp_path}:best"
+    ):
+        open_source(f"{tmp_path}:last")
 
 
 def test_several_threads_read_one_archive(tmp_path):

@@ -37,6 +37,7 @@ from vit_flax.checkpoint_record import (
 )
 from vit_flax.checksums import checksums, differences, leaf_sums, rows_of, shapes
 from vit_flax.files import as_json, write_atomically
+from vit_flax.optim import eval_params_of, kept_by_schedule_free
 from vit_flax.orbax_noise import quieten
 from vit_flax.retention import Keep
 from vit_flax.tree_paths import by_path
@@ -351,9 +352,10 @@ class SavedParams:
 
 
 def load_params(workdir: str | Path, *, step: int | Literal["best"] | None = None, ema: bool = False) -> SavedParams:
-    """Loads only the parameters of a run, checked against their checksums; reads no optimiser state.
+    """Loads only the parameters of a run, checked against their checksums: those that its evaluations are of.
 
-    Changes nothing, and may be called while the run is training.
+    Changes nothing, and may be called while the run is training. Of the optimiser's state it reads what schedule-free
+    makes these parameters of, and nothing of any other optimiser's.
 
     Args:
       workdir: of the run.
@@ -371,7 +373,9 @@ def load_params(workdir: str | Path, *, step: int | Literal["best"] | None = Non
         leaves = {k: v for k, v in record["shapes"].items() if k.startswith(f"{root}/")}
         if not leaves:
             raise CheckpointMismatch(f"{path} has no moving average of the parameters: the run set run.ema_decay to 0.")
-        return _read_arrays(path, record, _tree_of(leaves))[root]
+        kept = {} if ema else kept_by_schedule_free(record["shapes"])
+        tree = _read_arrays(path, record, _tree_of(leaves | kept))
+        return eval_params_of(by_path(tree), tree[root]) if kept else tree[root]
 
     directory = Path(workdir).expanduser().absolute() / "checkpoints"
     if step is None:

@@ -220,21 +220,25 @@ class Start:
             "config to take the checkpoint's, or choose with init.preprocess='checkpoint' or 'config'."
         )
 
-    def load(self, model: ViT, image_shape: Sequence[int]) -> tuple[dict[str, Any], Report]:
+    def load(self, model: ViT, class_names: Sequence[str], image_shape: Sequence[int]) -> tuple[dict[str, Any], Report]:
         """The parameters that come from the checkpoint, by path, and the account of all of them.
 
         Args:
           model: of the run.
+          class_names: of the data.
           image_shape: height, width and channels of the images in a batch.
 
         Raises:
-          ConfigError: another checkpoint lies at the path than the one that the run was set up with.
+          ConfigError: another checkpoint lies at the path than the one that the run was set up with, or the kept head
+            is for other classes.
           ValueError: as of `load_pretrained`.
         """
         if self.init.weights not in (None, digest(self.opened.source)):
             raise ConfigError(
                 f"init.path={self.init.path!r} is another checkpoint than the one this run was set up with."
             )
+        if self.init.keep_head:  # a complete config may have been given other data
+            self._check_classes(class_names)
         special = ("patch_size", CLASS_NAMES)
         changed = {name: getattr(model, name) for name in self.init.override if name not in special}
         opened = open_checkpoint(self.init.path, family=self.init.family, fields=changed) if changed else self.opened
@@ -297,6 +301,6 @@ class FromScratch:
         """As it is."""
         return config
 
-    def load(self, model: ViT, image_shape: Sequence[int]) -> tuple[dict[str, Any], None]:
+    def load(self, model: ViT, class_names: Sequence[str], image_shape: Sequence[int]) -> tuple[dict[str, Any], None]:
         """Nothing."""
         return {}, None

@@ -151,7 +151,7 @@ class Job:
 
     def pretrained(self) -> dict[str, Any]:
         """The parameters that a new run takes from a checkpoint, by path; prints what became of all of them."""
-        params, report = self.start.load(self.model, self.data.image_shape)
+        params, report = self.start.load(self.model, self.data.class_names, self.data.image_shape)
         if report is not None and jax.process_index() == 0:
             print(report, flush=True)
         return params

@@ -4,7 +4,8 @@ Every number may be a Python float or a traced scalar, and the structure of the 
 step rebuilds the transformation from the numbers of a sweep and may be vmapped over its members.
 """
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from optax import contrib
 from vit_flax.param_groups import KERNELS, make_groups
 from vit_flax.precision import wide
 from vit_flax.schedules import is_off, make_schedule
+from vit_flax.tree_paths import name_of
 from vit_flax.typing import ArrayLike, PyTree
 from vit_flax.update_rules import CLIP_NORMS, find_rule
 
@@ -145,29 +147,53 @@ def only(trained: PyTree, steps: optax.GradientTransformation) -> optax.Gradient
     """
     if all(t.all() for t in jax.tree.leaves(trained)):
         return steps
-    # p + (-0.0) is p for every p, while -0.0 + 0.0 is 0.0.
-    hide = optax.stateless(lambda u, _: jax.tree.map(lambda u, t: jnp.where(t, u, -0.0), u, trained))
-    return optax.chain(hide, optax.masked(steps, jax.tree.map(np.any, trained)), hide)
+    masked = optax.masked(steps, jax.tree.map(np.any, trained))
+
+    def hide(updates: PyTree) -> PyTree:
+        # p + (-0.0) is p for every p, while -0.0 + 0.0 is 0.0.
+        return jax.tree.map(lambda u, t: jnp.where(t, u, -0.0), updates, trained)
+
+    # No `optax.chain`: a part of a tuple cannot be read from a checkpoint without the rest (`checkpoint.load_params`).
+    def update(updates: PyTree, state: PyTree, params: PyTree | None = None) -> tuple[PyTree, PyTree]:
+        updates, state = masked.update(hide(updates), state, params)
+        return hide(updates), state
+
+    return optax.GradientTransformation(masked.init, update)
 
 
 def eval_params(opt_state: PyTree, params: PyTree) -> PyTree:
-    """The weights to evaluate: the average that schedule-free keeps implicitly, otherwise `params` themselves.
-
-    Source: Defazio et al. 2024 (arXiv:2405.15682): y = (1 - b1) z + b1 x, solved for x.
-    """
+    """The weights to evaluate: the average that schedule-free keeps implicitly, otherwise `params` themselves."""
     state = _schedule_free(opt_state)
     if state is None:
         return params
 
     def average(y, z):
-        return y if isinstance(z, optax.MaskedNode) else ((y - (1.0 - state.b1) * z) / state.b1).astype(y.dtype)
+        return y if isinstance(z, optax.MaskedNode) else _average(y, z, state.b1)
 
     return jax.tree.map(average, params, state.z)
 
 
-def keeps_average(opt_state: PyTree) -> bool:
-    """Whether `eval_params` needs this state of an optimiser; shapes will do."""
-    return _schedule_free(opt_state) is not None
+def kept_by_schedule_free(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Those leaves of a saved state, by path, that `eval_params_of` reads; none of any other optimiser."""
+    return {path: leaf for path, leaf in leaves.items() if re.fullmatch(r"opt_state/(.*/)?(b1|z/.*)", path)}
+
+
+def eval_params_of(leaves: Mapping[str, Any], params: PyTree) -> PyTree:
+    """As `eval_params`, of a state of schedule-free that was saved: its leaves by path; a frozen parameter has no z."""
+    kept = kept_by_schedule_free(leaves)
+    b1 = next(leaf for path, leaf in kept.items() if path.endswith("/b1"))
+    z = {path.partition("/z/")[2]: leaf for path, leaf in kept.items()}
+
+    def average(path, y):
+        # By JAX as in training, or the last bits differ.
+        return np.asarray(_average(*map(jnp.asarray, (y, z[name_of(path)], b1)))) if name_of(path) in z else y
+
+    return jax.tree_util.tree_map_with_path(average, params)
+
+
+def _average(y: Any, z: Any, b1: Any) -> Any:
+    """Source: Defazio et al. 2024 (arXiv:2405.15682): y = (1 - b1) z + b1 x, solved for x."""
+    return ((y - (1.0 - b1) * z) / b1).astype(y.dtype)
 
 
 def _schedule_free(opt_state: PyTree) -> contrib.ScheduleFreeState | None:

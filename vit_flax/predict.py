@@ -63,8 +63,10 @@ def predict(
             f"{pretrained.report.path} has no classes: its head projects into the space of CLIP's text tower. "
             "Fine-tune it first."
         )
-    if pretrained.model.num_classes == 1 and pretrained.probabilities == "softmax":
-        raise ValueError(f"{pretrained.report.path} has one output, a number and not classes: use it from Python.")
+    only = pretrained.model.num_classes == 1 and pretrained.probabilities == "softmax"
+    if only or pretrained.probabilities == "none":
+        found = "one output, a number" if only else "outputs that are numbers"
+        raise ValueError(f"{pretrained.report.path} has {found} and not classes: use it from Python.")
     prepare, params = _preparation(pretrained), jax.device_put(pretrained.params)
     names = pretrained.class_names or [str(i) for i in range(pretrained.model.num_classes)]
 
@@ -186,9 +188,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         paths = find_pictures(arguments.images)
+        preprocess = None if arguments.preprocess is None else _read_preprocess(arguments.preprocess)
         pretrained = load_pretrained(arguments.checkpoint, family=arguments.family, image_size=arguments.image_size)
-        if arguments.preprocess is not None:
-            pretrained = _with_preprocess(pretrained, arguments.preprocess)
+        if preprocess is not None:
+            pretrained = _with_preprocess(pretrained, preprocess)
         unread, table = 0, None
         for path, found in predict(pretrained, paths, top=arguments.top, batch_size=arguments.batch_size):
             if isinstance(found, Exception):
@@ -217,11 +220,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if unread else 0
 
 
-def _with_preprocess(pretrained: Pretrained, text: str) -> Pretrained:
+def _read_preprocess(text: str) -> Preprocess:
     try:
-        preprocess = Preprocess.from_dict(json.loads(text))
+        return Preprocess.from_dict(json.loads(text))
     except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"--preprocess: {error}") from error
+        raise ValueError(f"--preprocess {text}: {error}\n{_ADVICE}") from error
+
+
+def _with_preprocess(pretrained: Pretrained, preprocess: Preprocess) -> Pretrained:
     # Learned positions are of one size; another with as many patches would go through, its positions out of place.
     if pretrained.model.posemb == "learned" and preprocess.image_size != pretrained.image_size:
         want = "x".join(map(str, preprocess.image_size))

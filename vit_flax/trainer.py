@@ -10,11 +10,10 @@ import jax
 
 from vit_flax import distributed, workdir
 from vit_flax.bad_steps import Diverged
-from vit_flax.checkpoint import CheckpointMismatch, Checkpoints, Restored, SaveFailed, load_params, read_newest
+from vit_flax.checkpoint import CheckpointMismatch, Checkpoints, Restored, SaveFailed, load_params
 from vit_flax.checksums import differences, rows_of, shapes
 from vit_flax.config import Config, ConfigError
 from vit_flax.job import Job, build
-from vit_flax.optim import keeps_average
 from vit_flax.report import write_report
 from vit_flax.signals import EXIT_PREEMPTED, Interrupted, StopSignal
 from vit_flax.step import TrainState
@@ -202,7 +201,7 @@ def evaluate(config: Config, workdir_path: str | Path) -> dict[str, float]:
 
 
 def _state_to_evaluate(job: Job, folder: Path) -> tuple[int, TrainState]:
-    """What evaluations read of the newest checkpoint: the parameters, and the optimiser where it keeps the average."""
+    """What evaluations read of the newest checkpoint."""
     saved = load_params(folder)
     workdir.check(folder, job.config)
     if changed := [(old, new) for old, new in zip(saved.class_names, job.data.class_names) if old != new]:
@@ -211,17 +210,14 @@ def _state_to_evaluate(job: Job, folder: Path) -> tuple[int, TrainState]:
             f"{changed[0][1]!r} is ({len(changed)} differ). Put the data back, or evaluate another workdir."
         )
     target = job.abstract_state()
-    if keeps_average(target.opt_state):
-        whole = read_newest(folder / "checkpoints", target, identity=job.identity())
-        assert whole is not None  # `load_params` has found one
-        return whole.step, whole.state
     if diff := differences(shapes(saved.params), shapes(target.params)):
         rows = rows_of(diff, "checkpoint", "now")
         raise CheckpointMismatch(f"Checkpoint {saved.step} in {folder} has other parameters than the model:\n{rows}")
     ema = load_params(folder, step=saved.step, ema=True).params if target.ema is not None else None
     places = jax.tree.map(lambda x: x.sharding, (target.params, target.ema))
     params, ema = jax.device_put((saved.params, ema), places)
-    return saved.step, jax.tree.map(lambda _: None, target).replace(step=saved.step, params=params, ema=ema)
+    empty = jax.tree.map(lambda _: None, target)
+    return saved.step, empty.replace(step=saved.step, params=params, ema=ema, opt_state=None)
 
 
 def restore_or_init(job: Job, checkpoints: Checkpoints) -> Restored:

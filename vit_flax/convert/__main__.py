@@ -12,18 +12,19 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-from vit_flax.convert.arguments import print_no_more, regex, size, whole
+from vit_flax.convert.arguments import json_object, print_no_more, regex, size, whole
 from vit_flax.convert.describe import describe, preprocessing, raw_table
 from vit_flax.convert.families import FAMILIES, GROUPS
 from vit_flax.convert.measure import check_files, measure
 from vit_flax.convert.opened import open_checkpoint
 from vit_flax.convert.pretrained import Pretrained, load_pretrained
-from vit_flax.convert.save import save_pretrained
+from vit_flax.convert.save import check_target, save_pretrained
 from vit_flax.convert.source import open_source
 from vit_flax.convert.table import Spec
 
-CHANGES = ("to", "num_classes", "image_size", "patch_size", "channels", "posemb_resize", "ignore")
+CHANGES = ("to", "num_classes", "image_size", "patch_size", "channels", "posemb_resize", "fields", "ignore")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def convert(arguments: argparse.Namespace) -> None:
     """Loads a checkpoint, prints the report, and writes it in another format."""
+    check_target(Path(arguments.out).expanduser(), arguments.to)
     loaded = load_pretrained(
         arguments.checkpoint,
         family=arguments.family,
@@ -62,6 +64,7 @@ def convert(arguments: argparse.Namespace) -> None:
         patch_size=arguments.patch_size,
         channels=arguments.channels,
         posemb_resize=arguments.posemb_resize,
+        fields=arguments.fields,
     )
     print(loaded.report)
     path = save_pretrained(
@@ -89,7 +92,9 @@ def not_kept(loaded: Pretrained, written: Spec) -> Iterator[str]:
     if loaded.class_names and written.class_names != loaded.class_names:
         yield f"not kept       the names of the {len(loaded.class_names)} classes: this format has no place for them"
     if loaded.probabilities != written.probabilities:
-        yield f"not kept       that the probabilities of the classes are the {loaded.probabilities} of the logits"
+        what = f"the probabilities of the classes are the {loaded.probabilities} of the logits"
+        what = "the outputs are numbers and no classes" if loaded.probabilities == "none" else what
+        yield f"not kept       that {what}"
     ours, theirs = loaded.preprocess, written.preprocess
     if ours and (theirs is None or not ours.same_as(theirs)):
         yield f"not kept       the preprocessing: {preprocessing(ours)}"
@@ -139,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     change.add_argument("--patch_size", type=size, metavar="N|HxW", help="resize the patch embedding")
     change.add_argument("--channels", type=whole(1), help="adapt the patch embedding")
     change.add_argument("--posemb_resize", metavar="METHOD", help="instead of the family's own")
+    change.add_argument("--fields", type=json_object, metavar="JSON", help="of the model, in place of the file's")
     change.add_argument("--ignore", type=regex, nargs="+", default=(), metavar="REGEX", help="leave out what matches")
     parity = parser.add_argument_group("with --parity")
     parity.add_argument("--image", metavar="FILE", help="a photograph for the full-size cases")

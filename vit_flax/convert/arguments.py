@@ -1,10 +1,12 @@
 """What the commands share: types of arguments, with messages that say what was expected, and how printing ends."""
 
 import argparse
+import json
 import os
 import re
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from vit_flax.convert.resample import Grid
 
@@ -25,6 +27,15 @@ def regex(text: str) -> str:
     except re.error as error:
         raise argparse.ArgumentTypeError(f"expected a regular expression, found {text!r} ({error})") from error
     return text
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Names and values, as {"norm_eps": 1e-6}; lists become tuples."""
+    try:
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in json.loads(text).items()}
+    except (ValueError, AttributeError) as error:
+        raise argparse.ArgumentTypeError(f"""expected JSON such as {{"norm_eps": 1e-6}}, found {text!r}""") from error
+    return values
 
 
 def whole(least: int) -> Callable[[str], int]:

@@ -60,8 +60,8 @@ def classes(opened: Opened) -> str:
         return "no head: the model gives features"
     names = opened.spec.class_names
     first = f" ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else ", without names"
-    several = "; each has a probability of its own" if opened.spec.probabilities == "sigmoid" else ""
-    return f"{opened.model.num_classes}{first}{several}"
+    kinds = {"sigmoid": "; each has a probability of its own", "none": "; they are numbers, as of a regression"}
+    return f"{opened.model.num_classes}{first}{kinds.get(opened.spec.probabilities, '')}"
 
 
 def tensor_table(opened: Opened) -> str:

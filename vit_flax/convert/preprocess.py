@@ -47,8 +47,12 @@ class Preprocess:
             raise ValueError(f"image_size={sides!r} must be two whole numbers above 0, rows and columns.")
         if self.crop_fraction is not None and not 0 < self.crop_fraction <= 1:
             raise ValueError(f"crop_fraction={self.crop_fraction!r} must be above 0 and at most 1, or None.")
-        if not self.std or len(self.mean) != len(self.std) or min(self.std) <= 0:
-            raise ValueError(f"mean={self.mean} and std={self.std} must have one entry per channel, std above 0.")
+        try:
+            numbers = len(self.mean) == len(self.std) > 0 and np.isfinite([self.mean, self.std]).all()
+        except (TypeError, ValueError):
+            numbers = False
+        if not numbers or min(self.std) <= 0:
+            raise ValueError(f"mean={self.mean} and std={self.std} must have one number per channel, std above 0.")
 
     def __call__(self, image: UInt8[np.ndarray, "h w c"]) -> Float[np.ndarray, "H W c"]:
         """One picture, ready for the model.

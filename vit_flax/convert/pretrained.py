@@ -36,7 +36,7 @@ class Pretrained:
       channels: of the images.
       evaluation: of a run of ours: what its evaluation pictures went through; None for any other checkpoint.
       probabilities: what the logits become probabilities by, a key of `table.PROBABILITIES`: "sigmoid" where each class
-        has its own, else (also if the checkpoint does not say) "softmax".
+        has its own, "none" for numbers that are no classes, else (also if the checkpoint does not say) "softmax".
     """
 
     model: ViT

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
@@ -28,6 +29,13 @@ _NOT_ARCHITECTURE = {
     "drop_path", "drop_path_ramp", "dropout", "attention_dropout", "head_dropout", "head_bias_init", "head_zero_init",
     "scan", "scan_unroll", "remat", "attention_impl", "return_attention", "dtype", "param_dtype", "parent", "name",
 }  # fmt: skip
+
+
+_OF_THE_CODE = (
+    "Activation and epsilon can be fixed by the code that reads a format (.npz: gelu_tanh and 1e-6; timm: by the "
+    "architecture). To write the same weights for those, which is nearly the same function, change the fields first: "
+    """model.clone(norm_eps=1e-6), or --fields '{"norm_eps": 1e-6}' on the command line.\n"""
+)
 
 
 def save_pretrained(
@@ -61,8 +69,8 @@ def save_pretrained(
         224 for a model without a learned one.
       posemb_resize: how the position table is to be resampled later (kept by our own format only).
       patch_resize: the same for the patch embedding.
-      probabilities: "sigmoid" where each class has its own, as of a model for several labels (kept by our own format,
-        and by transformers' where it has labels).
+      probabilities: "sigmoid" where each class has its own, as of a model for several labels; "none" for numbers that
+        are no classes (kept by our own format, and by transformers' where it has labels).
 
     Returns: the folder, or the .npz file.
 
@@ -72,11 +80,7 @@ def save_pretrained(
         written.
     """
     directory = Path(directory).expanduser()
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise FileExistsError(f"{directory} exists and is not empty: choose another place, or remove it first.")
-    names = GROUPS.get(family, (family,))
-    if unknown := [n for n in names if n not in FAMILIES]:
-        raise ValueError(f"Unknown family {unknown[0]!r}: expected one of {', '.join([*GROUPS, *FAMILIES])}.")
+    names = check_target(directory, family)
     if probabilities not in PROBABILITIES:
         raise ValueError(f"{probabilities=} is unknown: expected one of {', '.join(PROBABILITIES)}.")
     kept = dict(posemb_resize=posemb_resize, patch_resize=patch_resize, probabilities=probabilities)
@@ -88,7 +92,27 @@ def save_pretrained(
             if not reasons[kind.name]:
                 return _write(directory, kind, tensors, files)
     listed = "\n".join(f"  {name}: {'; '.join(why)}" for name, why in reasons.items())
-    raise ValueError(f"The model cannot be written as {family!r}:\n{listed}\nNothing was written.")
+    parts = ["; ".join(why).split("; ") for why in reasons.values()]
+    nearly = any(all(re.match(r"(activation|norm_eps)=", part) for part in why) for why in parts)
+    fixed = _OF_THE_CODE if nearly else ""
+    raise ValueError(f"The model cannot be written as {family!r}:\n{listed}\n{fixed}Nothing was written.")
+
+
+def check_target(directory: Path, family: str) -> tuple[str, ...]:
+    """The families that `family` stands for, where they can be written to a place.
+
+    Raises: FileExistsError, ValueError: as of `save_pretrained`; the name is that of another kind of file.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise FileExistsError(f"{directory} exists and is not empty: choose another place, or remove it first.")
+    names = GROUPS.get(family, (family,))
+    if unknown := [n for n in names if n not in FAMILIES]:
+        raise ValueError(f"Unknown family {unknown[0]!r}: expected one of {', '.join([*GROUPS, *FAMILIES])}.")
+    to_file = FAMILIES[names[0]].suffix == ".npz"
+    if directory.suffix in (".safetensors", *(() if to_file else (".npz",))):
+        how = "a file: give a name that ends in .npz" if to_file else "a folder: give a name that is not that of a file"
+        raise ValueError(f"{directory}: {family} is written as {how}.")
+    return names
 
 
 def _outgoing(
@@ -171,7 +195,7 @@ def _express(kind: Family, out: Outgoing) -> tuple[dict[str, np.ndarray], dict[s
         spec = kind.describe(source)
         back = ViT(**spec.fields)
     except ValueError as error:
-        return {}, {}, [str(error)]
+        return {}, {}, [str(error).removeprefix(f"{kind.name}: ")]
     ours, theirs = architecture(out.model), architecture(back)
     reasons = [f"{f}={ours[f]!r} would come back as {theirs[f]!r}" for f in ours if ours[f] != theirs[f]]
     for path in sorted(left):

@@ -117,10 +117,16 @@ def _open_local(path: Path, *, name: str, keep_alive: Any) -> Source:
     if not path.exists():
         on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not path.parent.exists()
         hint = f" If it is a repository of the Hugging Face hub: hf://{name}." if on_hub else ""
+        if (run := path.with_name(path.name.partition(":")[0])) != path and run.is_dir():
+            hint = f" Of a run there are {run}, {run}:best, {run}:ema, {run}:best:ema and {run}/checkpoints/<step>."
         raise FileNotFoundError(f"{name}: there is no such file or folder.{hint}")
     file = _find_weights(path, name) if path.is_dir() else path
     if file.suffix in _PICKLED:
         raise _pickled(file, [file], file.with_suffix(".safetensors"))
+    if re.search(r"-\d{5}-of-\d{5}\.safetensors$", file.name):
+        raise ValueError(
+            f"{file}: one shard of several. Give the folder, or the index beside it ({WEIGHTS}.index.json)."
+        )
     if file.name.endswith(".index.json"):
         tensors = _read_shards(file)
     elif file.suffix == ".safetensors":

@@ -20,8 +20,12 @@ from vit_flax.models import ViT
 from vit_flax.models.patches import both_sides
 
 # What logits become probabilities by, as the loss that they were trained with has it: the classes share one picture, or
-# each is there or not by itself.
-PROBABILITIES: dict[str, Callable[[Any], Any]] = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}
+# each is there or not by itself, or ("none") they are numbers and no classes, as a regression has them.
+PROBABILITIES: dict[str, Callable[[Any], Any]] = {
+    "softmax": jax.nn.softmax,
+    "sigmoid": jax.nn.sigmoid,
+    "none": lambda logits: logits,
+}
 
 
 @dataclass(frozen=True)

@@ -135,10 +135,10 @@ def read_class_names(source: Source, classes: int | None) -> tuple[str, ...] | N
 
 def read_probabilities(source: Source) -> str:
     """As the loss that config.json names; of classifiers without one, one class to a picture is the rule."""
-    return "sigmoid" if source.config.get("problem_type") == _SEVERAL_LABELS else "softmax"
+    return _PROBLEMS.get(str(source.config.get("problem_type")), "softmax")
 
 
-_SEVERAL_LABELS = "multi_label_classification"
+_PROBLEMS = {"multi_label_classification": "sigmoid", "regression": "none"}
 
 
 def _numbered(classes: int) -> tuple[str, ...]:
@@ -149,15 +149,14 @@ def write_labels(out: Outgoing) -> dict[str, Any]:
     """`id2label` and its inverse, which also say the size of the head (none for no head), and what is not the rule."""
     names = out.class_names or _numbered(out.model.num_classes or 0)
     labels = {"id2label": {str(i): n for i, n in enumerate(names)}, "label2id": {n: i for i, n in enumerate(names)}}
-    return labels | ({"problem_type": _SEVERAL_LABELS} if out.probabilities == "sigmoid" else {})
+    problem = next((theirs for theirs, ours in _PROBLEMS.items() if ours == out.probabilities), None)
+    return labels | ({"problem_type": problem} if problem else {})
 
 
 def write_files(out: Outgoing, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """config.json and, where the preprocessing is known, preprocessor_config.json."""
-    files = {CONFIG: config}
-    if out.preprocess is not None:
-        files[PREPROCESSOR] = write_preprocess(out.preprocess)
-    return files
+    """config.json and, where the preprocessing is known and an image processor does it, preprocessor_config.json."""
+    values = write_preprocess(out.preprocess) if out.preprocess is not None else None
+    return {CONFIG: config} | ({PREPROCESSOR: values} if values else {})
 
 
 def read_preprocess(source: Source, patch_size: int | Sequence[int]) -> Preprocess | None:
@@ -229,10 +228,10 @@ def _read_size(values: Config) -> tuple[Grid | None, bool]:
     return both_sides(size), False
 
 
-def write_preprocess(preprocess: Preprocess) -> dict[str, Any]:
-    """As the image processor that does the same. They all antialias: `antialias=False` has no place here.
+def write_preprocess(preprocess: Preprocess) -> dict[str, Any] | None:
+    """As the image processor that does the same; None where there is none: for a crop that is no square.
 
-    Raises: ValueError: no image processor does the same.
+    They all antialias: `antialias=False` has no place here.
     """
     rows, columns = preprocess.image_size
     crop = {"do_center_crop": True, "crop_size": {"height": rows, "width": columns}}
@@ -245,7 +244,7 @@ def write_preprocess(preprocess: Preprocess) -> dict[str, Any]:
     elif rows == columns:
         how = {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": round(rows / fraction)}, **crop}
     else:
-        raise ValueError(f"no image processor resizes the shorter side and crops {rows}x{columns}")
+        return None
     return how | {
         "do_convert_rgb": len(preprocess.mean) == 3,
         "do_resize": True,

@@ -70,8 +70,9 @@ def _reasons(model: ViT, kind: str) -> list[str]:
     epsilons = [eps for k, eps in _EXPORTED if k == kind]
     checks = {
         f"timm has no pooling {model.pool!r}": model.pool not in (*POOLS.values(), "tok_dist"),
-        f"norm_eps={model.norm_eps:g}, and timm has {' and '.join(f'{e:g}' for e in epsilons)} for such models; "
-        f"model.clone(norm_eps={epsilons[0]:g}) accepts the difference": model.norm_eps not in epsilons,
+        f"norm_eps={model.norm_eps:g}, and timm has {' or '.join(f'{e:g}' for e in epsilons)} for such models": (
+            model.norm_eps not in epsilons
+        ),
         "timm's models with a distillation token average two heads on a learned table, normalise before the pooling, "
         "and have neither registers, rotations, gated layers nor biases of two projections": kind == "distilled"
         and (
