@@ -251,7 +251,7 @@ class ViT(nn.Module):
         )
         rate = (self.drop_path if drop_path is None else drop_path) if train else None
         rates = None if rate is None or (isinstance(rate, int | float) and rate == 0) else self._ramp() * rate
-        rotation = ROPES[self.rope](grid, head_dim) if self.rope else None
+        rotation = ROPES[self.rope].angles(grid, head_dim) if self.rope else None
         encoder = Encoder(
             block, depth=self.depth, scan=self.scan, unroll=self.scan_unroll, remat=self.remat, name="encoder"
         )
