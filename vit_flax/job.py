@@ -361,8 +361,10 @@ class Job:
         """One for each entry of `evals`, in its order."""
         index, count = sharding.data_shard(self.mesh)
         split = self.data.eval(process_index=index, process_count=count)
+        sections = {name: self.sections[f"evals.{name}"] for name in self.config["evals"]}
         return {
-            name: EVALS[self.sections[f"evals.{name}"]["type"]](
+            name: EVALS[section["type"]](
+                **{k: v for k, v in section.items() if k not in ("type", *SCHEDULES)},
                 apply=self.apply,
                 normalize=self.normalize,
                 batches=lambda: stop.until_received(split),
@@ -372,7 +374,7 @@ class Job:
                 loss=as_evaluated(**self.sections["loss"]),
                 probabilities=PROBABILITIES[self.sections["loss"]["name"]],
             )
-            for name in self.config["evals"]
+            for name, section in sections.items()
         }
 
     def evaluation_hooks(
