@@ -1,6 +1,7 @@
 """The sections of a config: which callable each one is for, and each as that callable's keyword arguments."""
 
 import dataclasses
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from vit_flax.models.vit import ViT
 from vit_flax.optim import make_optimizer
 from vit_flax.signature import check_names, check_section
 from vit_flax.sinks import SINKS, check_installed
-from vit_flax.step import OBJECTIVES
+from vit_flax.step import OBJECTIVES, classification
 from vit_flax.update_rules import RULES
 
 
@@ -71,10 +72,7 @@ SECTIONS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "model": (make_model, ("fields",)),
     "augment": (augment, ("key", "images", "targets")),
     "loss": (LOSSES, ("logits", "targets", "mask")),
-    "objective": (
-        OBJECTIVES,
-        ("params", "batch", "key", "hparams", "apply", "augment", "loss", "num_classes"),
-    ),
+    "objective": (OBJECTIVES, tuple(inspect.signature(classification).parameters)),
     "optim": (make_optimizer, ("total_steps",)),
     "checkpoint": (Checkpoints, ("directory",)),
     "evals": (EVALS, ("apply", "normalize", "batches", "put", "rows", "num_classes", "loss", "probabilities")),
