@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import json
 import re
 import subprocess
 import sys
@@ -205,3 +206,15 @@ def test_annotated_shapes_are_checked_while_the_tests_run():
         sigmoid_xent(jnp.zeros((2, 3)), jnp.zeros((2, 3)), jnp.ones((1, 2), bool), reduction="mean")
     with pytest.raises(jaxtyping.TypeCheckError):  # of a module's method
         jax.eval_shape(tiny().init, jax.random.key(0), jnp.zeros((1, 2, 8, 8, 3)), train=False)
+
+
+def test_notebooks_for_colab_are_their_text_forms_and_start_from_a_checkout():
+    """An installed package has neither configs/ nor tests/golden, which they read."""
+    starts = set()
+    for path in (ROOT / "experiments" / "notebooks").glob("*.ipynb"):
+        cells = json.loads(path.read_text())["cells"]
+        code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+        assert all(cell in path.with_suffix(".py").read_text() for cell in code), f"execute.py --pair: {path.name}"
+        starts.add(code[0])
+    assert len(starts) == 1
+    assert re.search(r'"git", "clone".*os\.chdir\(', starts.pop(), re.DOTALL)

@@ -44,6 +44,7 @@ from vit_flax.checkpoint import load_params
 from vit_flax.checkpoint_record import read_record, steps_in
 from vit_flax.lives import Lives, Reference, changed, small_config
 from vit_flax.signals import EXIT_PREEMPTED
+from vit_flax.step import OBJECTIVES, classification
 from vit_flax.trainer import train
 
 ROOT = Path(__file__).parent.parent
@@ -231,7 +232,7 @@ def test_an_error_in_the_loop_loses_no_step(straight, tmp_path, monkeypatch):
 
 def test_bad_steps_change_nothing_and_end_the_run(tmp_path, monkeypatch, capsys):
     """Batches 3, and 8 and later, make the loss NaN."""
-    good, whole = job_module.classification, job_module.Job.train_batches
+    good, whole = classification, job_module.Job.train_batches
 
     def marked(self, start_step):
         def mark(number, batch):
@@ -245,7 +246,7 @@ def test_bad_steps_change_nothing_and_end_the_run(tmp_path, monkeypatch, capsys)
         return loss * jnp.where(batch["mask"][0], 1.0, jnp.nan), metrics
 
     monkeypatch.setattr(job_module.Job, "train_batches", marked)
-    monkeypatch.setattr(job_module, "classification", objective)
+    monkeypatch.setitem(OBJECTIVES, "classification", objective)
     config = tiny_config(
         run__ema_decay=0.9,
         run__total_steps=40,

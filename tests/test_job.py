@@ -17,6 +17,7 @@ from vit_flax.config import ConfigError, bind, in_steps
 from vit_flax.job import build
 from vit_flax.optim import eval_params
 from vit_flax.signals import StopSignal
+from vit_flax.step import OBJECTIVES
 from vit_flax.trainer import evaluate, train
 
 
@@ -54,6 +55,48 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
     _, exact, _ = steps_of(tiny_config(), count=3)
     close = [np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, jax.device_get((state.params, exact.params))))]
     assert 0 < max(close) < 0.02
+
+
+def test_another_objective_is_an_entry_and_a_section(monkeypatch):
+    """As docs/architecture.md says: its keywords are keys that are checked, and the step minimises it."""
+
+    def calm(params, batch, key, hparams, *, strength: float, apply, **_):
+        logits, _ = apply({"params": params}, batch["image"] / 255, train=True, rngs={"dropout": key}, hparams=hparams)
+        return strength * jnp.mean(jnp.square(logits - 1)), {"largest": jnp.max(logits)}
+
+    monkeypatch.setitem(OBJECTIVES, "calm", calm)
+    config = tiny_config()
+    config.objective = dict(name="calm", strength=3.0)
+    _, _, metrics = steps_of(config)
+    assert metrics["loss"] == pytest.approx(3.0)  # the head starts with zeros
+    assert metrics["largest"] == 0.0
+    assert "top1" not in metrics
+    for section, message in (
+        (dict(name="calm", strenght=3.0), r"unknown key objective\.strenght: did you mean objective\.strength"),
+        (dict(name="noise"), r"objective\.name='noise' is unknown: expected one of classification, calm"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            build(tiny_config().to_dict() | {"objective": section})
+
+
+def test_the_keywords_of_an_evaluation_are_keys_of_its_section(monkeypatch):
+    class Neighbours:
+        figures, several_labels, details = ("neighbours",), False, {}
+
+        def __init__(self, *, num_classes, k: int, **_):
+            self.given = num_classes, k
+
+        def run(self, state):
+            return {}
+
+    monkeypatch.setitem(job_module.EVALS, "neighbours", Neighbours)
+    config = tiny_config()
+    config.evals = dict(
+        near=dict(type="neighbours", k=3, every_steps=5), far=dict(type="neighbours", k=9, every_secs=1)
+    )
+    config.checkpoint.best_metric = None
+    made = build(config).evaluations(StopSignal())
+    assert {name: evaluation.given for name, evaluation in made.items()} == {"near": (10, 3), "far": (10, 9)}
 
 
 def test_accumulated_equals_one_large_batch():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vit_flax.losses import LOSSES, PROBABILITIES, masked_mean, sigmoid_xent, softmax_xent
+from vit_flax.losses import LOSSES, PROBABILITIES, as_evaluated, masked_mean, sigmoid_xent, softmax_xent
 
 B, V = 8, 5
 
@@ -128,6 +128,18 @@ def test_bfloat16_logits_are_summed_in_float32(batch):
     np.testing.assert_allclose(
         softmax_xent(half, targets, mask), softmax_xent(half.astype(jnp.float32), targets, mask), rtol=1e-7
     )
+
+
+def test_an_evaluation_takes_the_labels_as_they_are_and_the_loss_as_it_is(batch, monkeypatch):
+    def power(logits, targets, mask, *, exponent, label_smoothing):
+        return exponent * softmax_xent(logits, targets, mask, label_smoothing=label_smoothing)
+
+    monkeypatch.setitem(LOSSES, "power", partial(power, label_smoothing=0.0))
+    for name, smoothed, plain in (
+        ("power", dict(exponent=3.0, label_smoothing=0.1), dict(exponent=3.0)),
+        ("sigmoid_xent", dict(reduction="sum", threshold=0.3, label_smoothing=0.1), dict(reduction="sum")),
+    ):
+        assert as_evaluated(name, **smoothed)(*batch) == LOSSES[name](*batch, **plain)
 
 
 def test_losses_are_found_by_name_and_a_wrong_reduction_is_named(batch):

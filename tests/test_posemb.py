@@ -93,7 +93,7 @@ def test_rotation_holds_the_angle_of_every_channel(name):
     for n, place in enumerate(PLACES):
         for plane in range(E // 2):
             expected[n, channels(plane)] = angle(*place, plane)
-    rotation = ROPES[name](GRID, E)
+    rotation = ROPES[name].angles(GRID, E)
     np.testing.assert_allclose(rotation.sin, np.sin(expected), atol=1e-6)
     np.testing.assert_allclose(rotation.cos, np.cos(expected), atol=1e-6)
     assert {table.dtype for table in rotation} == {jnp.dtype("float32")}
@@ -109,12 +109,12 @@ def test_rotating_is_multiplying_by_complex_numbers_and_leaves_the_tokens_in_fro
             re, im = channels(plane)
             turned = (x[:, n, :, re] + 1j * x[:, n, :, im]) * np.exp(1j * angle(*place, plane))
             expected[:, n, :, re], expected[:, n, :, im] = turned.real, turned.imag
-    np.testing.assert_allclose(rotate(jnp.float32(x), ROPES[name](GRID, E), name), expected, atol=2e-6)
+    np.testing.assert_allclose(rotate(jnp.float32(x), ROPES[name].angles(GRID, E), name), expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("name", ROPES)
 def test_bfloat16_queries_are_rotated_in_float32_and_rounded_once(name):
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 7, 3, E)), jnp.bfloat16)
-    rotation = ROPES[name](GRID, E)
+    rotation = ROPES[name].angles(GRID, E)
     exact = rotate(x.astype(jnp.float32), rotation, name)
     np.testing.assert_array_equal(rotate(x, rotation, name), exact.astype(jnp.bfloat16))

@@ -95,7 +95,7 @@ PROBABILITIES = ("drop_path", "dropout", "attention_dropout", "head_dropout")
         *(
             ({name: dtype}, f"model.{name}={dtype!r}: expected one of float32, bfloat16, float16.")
             for name in ("dtype", "param_dtype")
-            for dtype in ("float64", "int8")
+            for dtype in ("float64", "int8", "bf16")
         ),
         ({"patch_size": ["2", 2]}, "('2', 2)."),
         ({"rope": "eva", "num_heads": 4}, "its dimension must be a multiple of 4, found 6."),

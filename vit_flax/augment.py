@@ -1,4 +1,4 @@
-"""Augmentation of a whole batch, inside jit: uint8 images in, normalised images in the model's dtype out.
+"""Augmentation of a whole batch, inside jit: uint8 images in, normalised images out.
 
     shift / rotate small images -> flip -> normalise -> random erasing -> mixup or cutmix
 

@@ -39,7 +39,7 @@ from vit_flax.signals import StopSignal
 from vit_flax.signature import check_section
 from vit_flax.sinks import SINKS, Sink
 from vit_flax.sinks.files import Files
-from vit_flax.step import TrainState, augment_key, classification, init_state, train_step
+from vit_flax.step import OBJECTIVES, TrainState, augment_key, init_state, train_step
 from vit_flax.train_log import TrainLog
 from vit_flax.typing import PyTree
 from vit_flax.writer import Writer
@@ -235,8 +235,10 @@ class Job:
 
     def step(self) -> Callable[..., Any]:
         """`(state, batch) -> (state, metrics)` (to be jitted)."""
+        section = self.sections.get("objective", {"name": "classification"})
         objective = partial(
-            classification,
+            OBJECTIVES[section["name"]],
+            **{k: v for k, v in section.items() if k != "name"},
             apply=bind(self.apply, "model", {}),
             augment=bind(augment, "augment", self.sections["augment"]),
             loss=self.loss,
@@ -359,8 +361,10 @@ class Job:
         """One for each entry of `evals`, in its order."""
         index, count = sharding.data_shard(self.mesh)
         split = self.data.eval(process_index=index, process_count=count)
+        sections = {name: self.sections[f"evals.{name}"] for name in self.config["evals"]}
         return {
-            name: EVALS[self.sections[f"evals.{name}"]["type"]](
+            name: EVALS[section["type"]](
+                **{k: v for k, v in section.items() if k not in ("type", *SCHEDULES)},
                 apply=self.apply,
                 normalize=self.normalize,
                 batches=lambda: stop.until_received(split),
@@ -370,7 +374,7 @@ class Job:
                 loss=as_evaluated(**self.sections["loss"]),
                 probabilities=PROBABILITIES[self.sections["loss"]["name"]],
             )
-            for name in self.config["evals"]
+            for name, section in sections.items()
         }
 
     def evaluation_hooks(

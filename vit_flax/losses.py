@@ -81,9 +81,9 @@ REDUCTIONS = {"sum": jnp.sum, "mean": jnp.mean}
 def as_evaluated(name: str, **section: Any) -> Callable[..., Float[Array, ""]]:
     """The loss of a `loss` section on labels as they are, `(logits, targets, mask) -> mean loss`.
 
-    Smoothing and threshold are ways to train; the reduction is the unit, and stays.
+    Smoothing and threshold change the labels; everything else says what the loss is, such as the reduction, and stays.
     """
-    return partial(LOSSES[name], **{k: v for k, v in section.items() if k == "reduction"})
+    return partial(LOSSES[name], **{k: v for k, v in section.items() if k not in ("label_smoothing", "threshold")})
 
 
 def smooth(targets: Float[Array, "b v"], label_smoothing: ArrayLike) -> Float[Array, "b v"]:

@@ -1,6 +1,7 @@
 """The sections of a config: which callable each one is for, and each as that callable's keyword arguments."""
 
 import dataclasses
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from vit_flax.models.vit import ViT
 from vit_flax.optim import make_optimizer
 from vit_flax.signature import check_names, check_section
 from vit_flax.sinks import SINKS, check_installed
+from vit_flax.step import OBJECTIVES, classification
 from vit_flax.update_rules import RULES
 
 
@@ -70,6 +72,7 @@ SECTIONS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "model": (make_model, ("fields",)),
     "augment": (augment, ("key", "images", "targets")),
     "loss": (LOSSES, ("logits", "targets", "mask")),
+    "objective": (OBJECTIVES, tuple(inspect.signature(classification).parameters)),
     "optim": (make_optimizer, ("total_steps",)),
     "checkpoint": (Checkpoints, ("directory",)),
     "evals": (EVALS, ("apply", "normalize", "batches", "put", "rows", "num_classes", "loss", "probabilities")),
@@ -80,7 +83,7 @@ SECTIONS: dict[str, tuple[Any, tuple[str, ...]]] = {
 # Of these, a section that happens every so often has exactly one (`every_epochs` becomes `every_steps`).
 SCHEDULES = ("every_steps", "every_secs")
 # Sections that a config may leave out. `metrics.jsonl` and `pictures/` are written without a sink.
-OPTIONAL = ("init", "mesh", "sinks")
+OPTIONAL = ("init", "mesh", "objective", "sinks")
 DEFAULT_SINKS: dict[str, dict[str, Any]] = {"csv": {}, "tensorboard": {}}
 
 
@@ -138,7 +141,7 @@ def _check(name: str, section: Mapping[str, Any]) -> None:
         with named(name):
             check_installed(key)
     elif isinstance(schema, dict):  # the section names its callable
-        which = "name" if kind == "loss" else "type"
+        which = "type" if kind == "evals" else "name"
         check_names(f"{name}.", [which] if which in section else [], [which], required=[which])
         if section[which] not in schema:
             raise ConfigError(f"{name}.{which}={section[which]!r} is unknown: expected one of {', '.join(schema)}.")

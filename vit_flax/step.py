@@ -1,7 +1,7 @@
 """The training step: pure functions of a state and a batch, without configs, files or devices.
 
 `train_step` is jitted once and bound to its parts with `functools.partial`. What it optimises is one function,
-`objective(params, batch, key, hparams) -> (loss, metrics)`; `classification` is the usual one.
+`objective(params, batch, key, hparams) -> (loss, metrics)`, one of `OBJECTIVES`; `classification` is the usual one.
 """
 
 from collections.abc import Callable
@@ -220,3 +220,7 @@ def classification(
     hits = (of_guess == largest) & (largest > 0) & usable & batch["mask"]
     top1 = jnp.sum(hits).astype(jnp.float32) / jnp.maximum(jnp.sum(batch["mask"]), 1).astype(jnp.float32)
     return loss(logits, targets, batch["mask"], hparams=hparams), {"top1": top1}
+
+
+# Each takes the arguments of `classification`; its other keyword arguments are keys of the section `objective`.
+OBJECTIVES: dict[str, Callable[..., tuple[Array, Metrics]]] = {"classification": classification}

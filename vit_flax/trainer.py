@@ -187,6 +187,12 @@ class Loop:
 def evaluate(config: Config, workdir_path: str | Path) -> dict[str, float]:
     """Evaluates the newest checkpoint of a run, which may still be training.
 
+    Args:
+      config: of the run; what it evaluates on may differ (`workdir.MAY_CHANGE`).
+      workdir_path: its folder; nothing is written there.
+
+    Returns: the figures of each evaluation, such as "test/top1".
+
     Raises: FileNotFoundError: there is none. Otherwise as `train`.
     """
     folder = workdir.path(workdir_path)

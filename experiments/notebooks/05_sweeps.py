@@ -17,12 +17,19 @@
 
 # %%
 import importlib.util
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 if importlib.util.find_spec("vit_flax") is None:  # on Colab; a checkout that is installed is used as it is
-    source = "vit_flax[notebooks,convert] @ git+https://github.com/vit-flax/vit_flax"
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)
+    folder = "vit_flax_checkout"
+    extras = "notebooks,convert,gpu" if shutil.which("nvidia-smi") else "notebooks,convert"
+    subprocess.run(["git", "clone", "-q", "--depth=1", "https://github.com/vit-flax/vit_flax", folder], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", f"{folder}[{extras}]"], check=True)
+    sys.path.insert(0, os.path.abspath(folder))
+os.chdir(Path(importlib.util.find_spec("vit_flax").origin).parents[1])  # where configs/ and tests/ are
 
 # %%
 import tempfile

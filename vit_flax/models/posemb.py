@@ -101,13 +101,6 @@ def _rotation(angles: np.ndarray) -> Rotation:
     return Rotation(jnp.asarray(np.sin(angles), jnp.float32), jnp.asarray(np.cos(angles), jnp.float32))
 
 
-ROPES: dict[str, Callable[[Grid, int], Rotation]] = {
-    "dinov3": rope_dinov3,  # transformers, timm
-    "dinov3_bf16": partial(rope_dinov3, period_dtype=jnp.bfloat16),  # Meta: the published weights hold rounded periods
-    "eva": rope_eva,
-}
-
-
 def _swap_halves(x: Array) -> Array:
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([-second, first], axis=-1)
@@ -117,10 +110,18 @@ def _swap_pairs(x: Array) -> Array:
     return jnp.stack([-x[..., 1::2], x[..., ::2]], axis=-1).reshape(x.shape)
 
 
-_QUARTER_TURN: dict[str, Callable[[Array], Array]] = {
-    "dinov3": _swap_halves,
-    "dinov3_bf16": _swap_halves,
-    "eva": _swap_pairs,
+class Rope(NamedTuple):
+    """Angles of a grid and head_dim, and the quarter turn that says which channels form a plane."""
+
+    angles: Callable[[Grid, int], Rotation]
+    quarter_turn: Callable[[Array], Array]
+
+
+ROPES: dict[str, Rope] = {
+    "dinov3": Rope(rope_dinov3, _swap_halves),  # transformers, timm
+    # Meta: the published weights hold rounded periods.
+    "dinov3_bf16": Rope(partial(rope_dinov3, period_dtype=jnp.bfloat16), _swap_halves),
+    "eva": Rope(rope_eva, _swap_pairs),
 }
 
 
@@ -135,5 +136,5 @@ def rotate(x: Float[Array, "b n k e"], rotation: Rotation, rope: str) -> Float[A
     prefix = x.shape[1] - rotation.sin.shape[0]
     patches = x[:, prefix:].astype(jnp.float32)
     sin, cos = (table[None, :, None, :] for table in rotation)
-    rotated = patches * cos + _QUARTER_TURN[rope](patches) * sin
+    rotated = patches * cos + ROPES[rope].quarter_turn(patches) * sin
     return jnp.concatenate([x[:, :prefix], rotated.astype(x.dtype)], axis=1)

@@ -1,5 +1,6 @@
 """The named model sizes and the one parser for names such as "B/16"."""
 
+import contextlib
 import difflib
 import math
 import re
@@ -71,8 +72,11 @@ def check_choices(model: Any, **choices: Iterable[Any]) -> None:
 def check_dtypes(model: Any) -> None:
     """Raises a ValueError for a dtype that the model does not compute in."""
     for name in ("dtype", "param_dtype"):
-        if jnp.dtype(getattr(model, name)).name not in DTYPES:
-            raise ValueError(f"model.{name}={getattr(model, name)!r}: expected one of {', '.join(DTYPES)}.")
+        dtype = getattr(model, name)
+        with contextlib.suppress(TypeError):  # of what NumPy does not know, such as "bf16"
+            if jnp.dtype(dtype).name in DTYPES:
+                continue
+        raise ValueError(f"model.{name}={dtype!r}: expected one of {', '.join(DTYPES)}.")
 
 
 def check_sizes(model: Any) -> None:

@@ -45,7 +45,7 @@ class ViT(nn.Module):
       num_heads: of the attention.
       head_dim: width of each head; None for `width // num_heads`.
       posemb: "learned", "sincos2d" or "sincos2d_mae" (see `posemb.sincos2d`), or "none"; added to the patch tokens.
-      rope: "dinov3" or "eva" to rotate queries and keys by position (may be combined with `posemb`); None for none.
+      rope: a key of `posemb.ROPES` to rotate queries and keys by position (may be combined with `posemb`), or None.
       class_token: whether a learned token is put in front; None for "if the pooling reads it".
       class_token_position: whether that token has a learned position of its own, as in equation (1) of the paper
         (`learned` positions only). It adds nothing to what the model can express, but makes the parameter count the
@@ -251,7 +251,7 @@ class ViT(nn.Module):
         )
         rate = (self.drop_path if drop_path is None else drop_path) if train else None
         rates = None if rate is None or (isinstance(rate, int | float) and rate == 0) else self._ramp() * rate
-        rotation = ROPES[self.rope](grid, head_dim) if self.rope else None
+        rotation = ROPES[self.rope].angles(grid, head_dim) if self.rope else None
         encoder = Encoder(
             block, depth=self.depth, scan=self.scan, unroll=self.scan_unroll, remat=self.remat, name="encoder"
         )
