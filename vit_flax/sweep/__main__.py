@@ -38,7 +38,7 @@ def main() -> int:
         sweep = load_sweep(arguments.sweep)
         _check_arguments(sweep, arguments)
         return _run(sweep, arguments)
-    except (ConfigError, ModuleNotFoundError, OSError, RuntimeError) as error:
+    except (ValueError, ModuleNotFoundError, OSError, RuntimeError) as error:
         if os.environ.get("VIT_FLAX_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)
@@ -81,6 +81,10 @@ def _check_arguments(sweep: Sweep, arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name}={value}: expected {least} or more.")
+    if arguments.workdir is None and not arguments.dry_run:
+        raise ConfigError("--workdir is needed: a folder for the points and the results.")
+    if arguments.vmap and (arguments.jobs > 1 or arguments.launcher != "local" or arguments.point is not None):
+        raise ConfigError("--vmap trains points in this one process: not with --jobs, --launcher or --point.")
     if arguments.max_members is not None and not arguments.vmap:
         raise ConfigError("--max_members is for --vmap: other points train one in a process.")
     if arguments.min_steps is not None and not arguments.search:
@@ -98,6 +102,8 @@ def _check_arguments(sweep: Sweep, arguments: argparse.Namespace) -> None:
     search = arguments.search or ("suggest(trial)" if sweep.suggest else None)
     if search and (arguments.vmap or arguments.point is not None):
         raise ConfigError(f"{search} decides after each point what runs next: not with --vmap or --point.")
+    if arguments.point is not None and not 0 <= arguments.point < len(sweep.points):
+        raise ConfigError(f"--point={arguments.point}: the sweep has the points 0 to {len(sweep.points) - 1}.")
 
 
 def _run(sweep: Sweep, arguments: argparse.Namespace) -> int:
@@ -106,17 +112,17 @@ def _run(sweep: Sweep, arguments: argparse.Namespace) -> int:
     if trials is not None:  # a trial that is not kept: what is wrong with suggest(trial) shows before the first starts
         trials.next()
     here = arguments.vmap or arguments.point is not None or arguments.dry_run
-    lengths = (check if here else check_apart)(sweep.path, trials.points if trials else sweep.points)
+    lengths = (check if here else check_apart)(sweep.path, trials.points if trials else sweep.points, sweep.metrics)
     rungs = rungs_of(lengths, arguments.halving_factor, arguments.min_steps) if arguments.search else None
     if arguments.dry_run:
         _list(sweep, rungs, trials, console)
         return 0
-    if arguments.workdir is None:
-        raise ConfigError("--workdir is needed: a folder for the points and the results.")
     if arguments.point is not None:
-        if not 0 <= arguments.point < len(sweep.points):
-            raise ConfigError(f"--point={arguments.point}: the sweep has the points 0 to {len(sweep.points) - 1}.")
-        return 0 if run.run_point(sweep.points[arguments.point], arguments.workdir)["status"] == "done" else 2
+        point = sweep.points[arguments.point]
+        result = run.read_result(run.point_workdir(arguments.workdir, point))
+        if result is None or result["status"] != "done":
+            result = run.run_point(point, arguments.workdir)
+        return 0 if result["status"] == "done" else 2
     from vit_flax import workdir as folders  # imports JAX: not for --help
 
     workdir = arguments.workdir.absolute()
@@ -138,6 +144,15 @@ def _run_here(
 ) -> int:
     """Runs the sweep in a workdir that nobody else uses, and writes down what it found."""
     plan = _plan(sweep, workdir, rungs, arguments)
+    there = {path.name for path in (workdir / "points").glob("*")}
+    if others := sorted(there - {point.name for point in plan.points}):
+        console.print(
+            f"{len(others)} of the folders in {workdir / 'points'} are of no point of this file (any more), such as "
+            f"{others[0]}. They are left as they are.",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
     if arguments.vmap:
         _run_members(sweep, workdir, arguments.max_members, console)
     else:
