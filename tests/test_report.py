@@ -167,6 +167,14 @@ def test_a_run_that_has_only_begun(tmp_path):
     assert "Not finished: step 0 of 4" in " ".join(Page(write_report(folder).read_text()).text)
 
 
+@pytest.mark.parametrize("worst", [0.99, 1.0])
+def test_top_5_of_five_classes_has_no_chart(worst, tmp_path):
+    folder = make_workdir(tmp_path)
+    lines = [json.dumps({"step": step, "val/top5": value}) for step, value in ((1, worst), (2, 1.0))]
+    (folder / "metrics.jsonl").write_text("\n".join(lines))
+    assert ("Top-5 accuracy" in write_report(folder).read_text()) == (worst < 1)
+
+
 def test_details_of_other_evaluations(tmp_path):
     folder = make_workdir(tmp_path)
     record = {"step": 4, "weights": "parameters", "class_names": ["a", "b"], "class_count": [3, 0], "samples": []}
