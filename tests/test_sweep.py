@@ -264,7 +264,7 @@ def test_a_point_that_is_done_stays_as_it_is(tmp_path, monkeypatch):
 
 def test_folders_of_points_that_the_file_has_no_more_are_named(tmp_path, monkeypatch, capsys):
     """Another key that varies gives all points other names."""
-    monkeypatch.setattr(run, "run", lambda *_, **__: None)
+    monkeypatch.setattr(run, "run", lambda *_, say, **__: say("[1/1] [a] done"))
     arguments = __main__._parser().parse_args(["--sweep", "sweep.py"])
     before = [{"optim.lr": 1e-3}, {"optim.lr": 2e-3}]
     for overrides, left in ((before, None), ([*before, {"optim.lr": 2e-3, "run.seed": 1}], "lr=0.001.")):
@@ -272,6 +272,7 @@ def test_folders_of_points_that_the_file_has_no_more_are_named(tmp_path, monkeyp
         done(tmp_path, sweep.points)
         assert __main__._run_here(sweep, tmp_path, None, arguments, Console(width=200)) == 0
         said = capsys.readouterr().out
+        assert "[1/1] [a] done" in said
         assert ("2 of the folders in" in said) == (left is not None)
         assert left is None or f"such as {left} They are left as they are." in said
 

@@ -1,4 +1,5 @@
 import logging
+import os
 import re
 
 import pytest
@@ -76,6 +77,17 @@ def test_plain_console_gets_a_line_per_message(capsys):
         writer.progress(4, "loss 1 [bold]not markup[/bold]")
         writer.say("x" * 300)
     assert capsys.readouterr().out.splitlines() == ["step 4/9 loss 1 [bold]not markup[/bold]", "x" * 300]
+
+
+def test_a_run_whose_output_nobody_reads_any_more_goes_on(monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as file:
+        monkeypatch.setattr("sys.stdout", file)
+        writer = make({})
+        for step in range(3):
+            writer.progress(step, "loss 1.0")
+        print_results(writer.console, {"test/top1": 0.5}, {})
 
 
 def test_warnings_are_lines_above_the_progress_bar(monkeypatch, capsys):

@@ -12,6 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from vit_flax.console import RunConsole
 from vit_flax.param_groups import ParameterGroup
 from vit_flax.sinks import EXTRAS, Sink
 
@@ -41,7 +42,7 @@ class Writer:
     ):
         self.workdir, self.start_step = workdir, start_step
         self.active = jax.process_index() == 0
-        self.console = Console(quiet=quiet or not self.active)
+        self.console = RunConsole(quiet=quiet or not self.active)
         self._sinks: dict[str, Sink] = {}
         with ExitStack() as opened:  # closes those that are open when another cannot be opened
             for name, make in sinks.items() if self.active else ():

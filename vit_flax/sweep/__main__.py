@@ -9,15 +9,18 @@ stopped by a signal after saving (the same command goes on from there).
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from vit_flax.config import ConfigError
+from vit_flax.console import RunConsole
 from vit_flax.signals import exit_on_signals
 from vit_flax.sweep import results, run
 from vit_flax.sweep.check import check, check_apart
@@ -107,7 +110,7 @@ def _check_arguments(sweep: Sweep, arguments: argparse.Namespace) -> None:
 
 
 def _run(sweep: Sweep, arguments: argparse.Namespace) -> int:
-    console = Console()
+    console = RunConsole()
     trials = Trials(sweep, None, count=arguments.trials, seed=arguments.search_seed) if sweep.suggest else None
     if trials is not None:  # a trial that is not kept: what is wrong with suggest(trial) shows before the first starts
         trials.next()
@@ -143,21 +146,19 @@ def _run_here(
     sweep: Sweep, workdir: Path, rungs: list[int] | None, arguments: argparse.Namespace, console: Console
 ) -> int:
     """Runs the sweep in a workdir that nobody else uses, and writes down what it found."""
+    say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
     plan = _plan(sweep, workdir, rungs, arguments)
     there = {path.name for path in (workdir / "points").glob("*")}
     if others := sorted(there - {point.name for point in plan.points}):
-        console.print(
+        say(
             f"{len(others)} of the folders in {workdir / 'points'} are of no point of this file (any more), such as "
-            f"{others[0]}. They are left as they are.",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
+            f"{others[0]}. They are left as they are."
         )
     if arguments.vmap:
-        _run_members(sweep, workdir, arguments.max_members, console)
+        _run_members(sweep, workdir, arguments.max_members, say)
     else:
         options = dict(launcher=arguments.launcher, launcher_options=arguments.launcher_options)
-        run.run(plan, workdir, jobs=arguments.jobs, **options)
+        run.run(plan, workdir, jobs=arguments.jobs, **options, say=say)
     sweep = dataclasses.replace(sweep, points=plan.points)
     rows = results.collect(workdir, sweep)
     results.write_csv(workdir / "results.csv", rows)
@@ -179,17 +180,17 @@ def _plan(sweep: Sweep, workdir: Path, rungs: list[int] | None, arguments: argpa
     return run.Each(sweep.points, workdir)
 
 
-def _run_members(sweep: Sweep, workdir: Path, max_members: int | None, console: Console) -> None:
+def _run_members(sweep: Sweep, workdir: Path, max_members: int | None, say: Callable[[str], None]) -> None:
     from vit_flax.cache import enable_compilation_cache
     from vit_flax.sweep import members
 
     enable_compilation_cache()
     points = run.pending(workdir, sweep)
     if reason := members.explain_single(points):
-        console.print(reason, soft_wrap=True)
+        say(reason)
     for group in members.group(points, max_members or (members.most_members(points[0]) if points else None)):
-        console.print(f"{len(group)} members in one program: {group[0].name} to {group[-1].name}", soft_wrap=True)
-        members.train_members(group, workdir, say=lambda line: console.print(line, highlight=False, soft_wrap=True))
+        say(f"{len(group)} members in one program: {group[0].name} to {group[-1].name}")
+        members.train_members(group, workdir, say=say)
 
 
 if __name__ == "__main__":
