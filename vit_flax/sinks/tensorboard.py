@@ -21,7 +21,7 @@ class TensorBoard:
 
     def __init__(self, *, workdir: Path, start_step: int, config: Mapping[str, Any]):
         # 0.7 s to import, which `vit_flax.main --help` and the dry run need not wait for.
-        from tensorboardX.proto.event_pb2 import SessionLog
+        from tensorboardX.proto.event_pb2 import SessionLog  # type: ignore[attr-defined]  (made when it is imported)
 
         self._folder, self._config = workdir / "tensorboard", config
         self._events = _Events(self._folder)
@@ -70,7 +70,7 @@ class _Events:
 
     def add(self, **what: Any) -> None:
         """Writes an event: its length and itself, each with a checksum after it."""
-        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.event_pb2 import Event  # type: ignore[attr-defined]
         from tensorboardX.record_writer import masked_crc32c
 
         data = Event(wall_time=time.time(), **what).SerializeToString()
