@@ -197,6 +197,14 @@ def test_another_folder_is_refused_by_name(tmp_path):
         write_report(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["facts.json", "evals/val.json"])
+def test_a_damaged_file_is_named(name, tmp_path):
+    folder = make_workdir(tmp_path)
+    (folder / name).write_text('{"step":')
+    with pytest.raises(ValueError, match=rf"{name} is damaged"):
+        write_report(folder)
+
+
 def test_command(tmp_path):
     command = [sys.executable, "-m", "vit_flax.report", "--workdir"]
     done = subprocess.run([*command, make_workdir(tmp_path / "a")], cwd=ROOT, capture_output=True, text=True)
