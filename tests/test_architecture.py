@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "vit_flax.signals": set(),
     "vit_flax.files": set(),
     "vit_flax.log_lines": set(),
+    "vit_flax.console": {"rich"},
     "vit_flax.picture_folders": set(),
     "vit_flax.convert": NUMERIC | {"vit_flax.models", "vit_flax.convert", "safetensors", "absl", "rich", "PIL"},
 }
@@ -50,7 +51,10 @@ MEASURES = {"vit_flax.evals", "vit_flax.hooks", "vit_flax.writer", "vit_flax.tra
 MAY_IMPORT |= {
     name: NUMERIC
     | MEASURES
-    | {f"vit_flax.{beside}" for beside in ("step", "metrics", "sharding", "distributed", "sinks", "pictures", "files")}
+    | {
+        f"vit_flax.{beside}"
+        for beside in ("step", "metrics", "sharding", "distributed", "sinks", "pictures", "files", "console")
+    }
     | {
         f"vit_flax.{beside}"
         for beside in (

@@ -218,7 +218,9 @@ def test_hook_writes_figures_pictures_and_details(tmp_path, capsys):
     assert (details["step"], details["weights"]) == (5, "moving average of the parameters")
     assert details["class_names"] == ["a", "b", "<c>", "d"]
     assert all(s["id"] == f"picture {s['row']}" and s["image"].startswith("data:") for s in details["samples"])
-    assert "step 5 val/loss" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "step 5 val/loss" in said
+    assert f"val/count {N}  " in said
 
 
 def test_hook_evaluates_the_weights_that_the_optimiser_names(tmp_path):

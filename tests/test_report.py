@@ -167,6 +167,14 @@ def test_a_run_that_has_only_begun(tmp_path):
     assert "Not finished: step 0 of 4" in " ".join(Page(write_report(folder).read_text()).text)
 
 
+@pytest.mark.parametrize("worst", [0.99, 1.0])
+def test_top_5_of_five_classes_has_no_chart(worst, tmp_path):
+    folder = make_workdir(tmp_path)
+    lines = [json.dumps({"step": step, "val/top5": value}) for step, value in ((1, worst), (2, 1.0))]
+    (folder / "metrics.jsonl").write_text("\n".join(lines))
+    assert ("Top-5 accuracy" in write_report(folder).read_text()) == (worst < 1)
+
+
 def test_details_of_other_evaluations(tmp_path):
     folder = make_workdir(tmp_path)
     record = {"step": 4, "weights": "parameters", "class_names": ["a", "b"], "class_count": [3, 0], "samples": []}
@@ -187,6 +195,14 @@ def test_details_of_other_evaluations(tmp_path):
 def test_another_folder_is_refused_by_name(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"There is no config\.json in .*--workdir"):
         write_report(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["facts.json", "evals/val.json"])
+def test_a_damaged_file_is_named(name, tmp_path):
+    folder = make_workdir(tmp_path)
+    (folder / name).write_text('{"step":')
+    with pytest.raises(ValueError, match=rf"{name} is damaged"):
+        write_report(folder)
 
 
 def test_command(tmp_path):

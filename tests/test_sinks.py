@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import json
 import os
+import resource
 import sys
 import types
 
@@ -14,6 +15,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers import tiny_config
+from vit_flax import files
 from vit_flax.config import ConfigError
 from vit_flax.job import build
 from vit_flax.sinks import SINKS, Sink
@@ -111,6 +113,7 @@ def test_csv_cut_short_in_its_header(tmp_path):
 def events(folder):
     """(kind, tag, step, value) of every event file below a folder, in the order of writing."""
     from tensorboardX.proto import event_pb2
+    from tensorboardX.record_writer import masked_crc32c
 
     found = []
     for path in sorted(folder.rglob("events.*"), key=os.path.getmtime):
@@ -118,6 +121,8 @@ def events(folder):
         while data:
             size = int.from_bytes(data[:8], "little")
             event = event_pb2.Event.FromString(data[12 : 12 + size])
+            checksums = [int.from_bytes(data[end : end + 4], "little") for end in (8, 12 + size)]
+            assert checksums == [masked_crc32c(data[:8]), masked_crc32c(data[12 : 12 + size])]
             data = data[16 + size :]
             if event.HasField("session_log"):
                 found.append(("session", "", event.step, event.session_log.status))
@@ -141,6 +146,20 @@ def test_tensorboard_scalars_pictures_and_hyperparameters(tmp_path):
     assert (picture.height, picture.width) == (4, 5)
     assert ("simple_value", "final/test/top1", 0.5) in [(kind, tag, value) for kind, tag, _, value in found]
     assert any("hparams" in tag for _, tag, _, _ in found)
+
+
+def test_a_full_disk_is_an_error_of_tensorboard_and_no_endless_wait(tmp_path):
+    sink = TensorBoard(workdir=tmp_path, start_step=0, config={})
+    sink.scalars(1, {"train/loss": 2.5})
+    assert events(tmp_path / "tensorboard")[-1] == ("simple_value", "train/loss", 1, 2.5)  # there at once
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write(sink, [(step, {"train/loss": 2.5}) for step in range(2, 50)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    sink.close()
 
 
 def test_tensorboard_forgets_what_the_earlier_life_wrote_beyond_the_checkpoint(tmp_path):
@@ -243,11 +262,24 @@ def test_mlflow_goes_on_in_the_same_run(mlflow, tmp_path):
     assert {call[0] for call in mlflow.calls} == {"set_experiment", "start_run"}  # no parameters twice, no address
 
 
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_kill_while_the_name_of_the_run_is_written_leaves_no_half_of_it(name, wandb, mlflow, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        SINKS[name](workdir=tmp_path, config={}, **(dict(project="p") if name == "wandb" else dict(experiment="e")))
+    assert not (tmp_path / f"{name}_run_id").exists()
+
+
 def test_all_sinks_have_the_interface(wandb, mlflow, tmp_path):
     arguments = dict(workdir=tmp_path, start_step=0, config={}, project="p", experiment="e")
     for sink in SINKS.values():
         takes = inspect.signature(sink).parameters
-        assert isinstance(sink(**{k: v for k, v in arguments.items() if k in takes}), Sink)
+        made = sink(**{k: v for k, v in arguments.items() if k in takes})
+        assert isinstance(made, Sink)
+        made.close()
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])

@@ -58,7 +58,9 @@ def test_names_say_what_varies():
         ([{"evals.test": 1}], r"no key 'evals\.test'"),
         ([{"sinks.csv": 1}], r"no key 'sinks\.csv'.*A section that it leaves out"),
         ([{}, {"evals.extra": {"type": "classification"}}], r"point 1: 'evals\.extra' is given a whole section"),
-        ([{"optim.lr": "high"}], "high"),
+        ([{"lr": 1e-3}], r"no key 'lr'\. Did you mean 'optim\.lr'\?"),
+        ([{"optim.lr": "high"}], r"optim\.lr: expected a value such as 0\.002, which the base has, found 'high'"),
+        ([{"run.seed": 0.5}], r"run\.seed: expected a value such as 0, which the base has, found 0\.5"),
         ([{"run.seed": 1}, {"run.seed": 2}, {"run.seed": 1}], "points 0 and 2 are the same"),
         ([], "no points"),
         ([{"run.seed": 0}, ["optim.lr", 1e-3]], r"point 1: expected dotted keys and values, .* found \['optim\.lr'"),
@@ -79,7 +81,7 @@ def test_keys_that_the_base_leaves_at_their_defaults(tmp_path):
     ]
     assert sweep.points[2].config["optim"]["b1"] == 0.7
     assert "b1" not in sweep.points[0].config["optim"]
-    assert check(sweep.path, sweep.points) == [2, 2, 2]
+    assert check(sweep.path, sweep.points, ["-test/loss", "train/loss"]) == [2, 2, 2]
     rows = results.collect(tmp_path, sweep)
     assert [row.values["optim.b1"] for row in rows] == ["default", 0.8, 0.7]
     assert suggested(sweep.base, {"optim.b1": 0.8}, 0, where="trial 0").name == "b1=0.8"
@@ -95,9 +97,19 @@ def test_a_duration_in_another_unit_replaces_that_of_the_base():
 
 
 def test_keys_that_nobody_has_are_found_before_the_first_point_starts():
-    points = make([{"run.seed": 0}, {"optim.ler": 1.0}]).points
+    sweep = make([{"run.seed": 0}, {"optim.ler": 1.0}])
     with pytest.raises(ConfigError, match=r"point 1 .*unknown key optim\.ler: did you mean optim\.lr\?"):
-        check(Path("sweep.py"), points)
+        check(sweep.path, sweep.points, sweep.metrics)
+
+
+@pytest.mark.parametrize("metric", ["test/top_1", "-test/ema_top1", "top1"])
+def test_metrics_that_no_point_will_have_are_found_before_the_first_one_starts(metric):
+    points = make([{"run.seed": 0}]).points
+    with pytest.raises(ConfigError, match=rf"{metric.removeprefix('-')}', which no evaluation finds: .*test/top1, "):
+        check(Path("sweep.py"), points, ["test/top1", metric])
+    averaged = make([{"run.seed": 0}, {"run.ema_decay": 0.9}]).points
+    if metric == "-test/ema_top1":
+        check(Path("sweep.py"), averaged, [metric])
 
 
 def test_a_failing_point_is_noted_and_the_others_are_kept(tmp_path):
@@ -163,6 +175,8 @@ def test_a_base_of_plain_dicts(tmp_path):
         (SWEEP, ["--search", "halving", "--min_steps", "100000"], "--min_steps=100000: expected 1 to 824"),
         (SWEEP, ["--jobs", "0"], "--jobs=0"),
         (SWEEP, ["--vmap", "--max_members", "-1"], "--max_members=-1: expected 1 or more"),
+        (SWEEP, ["--vmap", "--jobs", "2"], "not with --jobs, --launcher or --point"),
+        (SWEEP, ["--vmap", "--point", "0"], "not with --jobs, --launcher or --point"),
         (SWEEP, ["--max_members", "2"], "--max_members is for --vmap"),
         (SWEEP, ["--halving_factor", "1"], "--halving_factor=1"),
         (SWEEP, ["--min_steps", "40"], "--min_steps is for --search halving"),
@@ -234,6 +248,35 @@ def test_two_commands_in_one_workdir_are_refused(tmp_path, monkeypatch, capsys):
     assert "is in use by process" in capsys.readouterr().err
 
 
+def done(workdir, points):
+    for point in points:
+        folder = run.point_workdir(workdir, point)
+        run.write_result(folder, point, status="done", step=2, metrics={"test/top1": 0.5}, secs=60.0)
+
+
+def test_a_point_that_is_done_stays_as_it_is(tmp_path, monkeypatch):
+    (tmp_path / "sweep.py").write_text(f"BASE = {str(ROOT / 'tests' / 'configs' / 'tiny.py')!r}\n" + METRICS + SWEEP)
+    done(tmp_path / "run", load_sweep(tmp_path / "sweep.py").points)
+    monkeypatch.setattr(run, "run_point", lambda *_: pytest.fail("trained again"))
+    flags = ["--sweep", str(tmp_path / "sweep.py"), "--workdir", str(tmp_path / "run"), "--point", "0"]
+    assert command(monkeypatch, flags) == 0
+
+
+def test_folders_of_points_that_the_file_has_no_more_are_named(tmp_path, monkeypatch, capsys):
+    """Another key that varies gives all points other names."""
+    monkeypatch.setattr(run, "run", lambda *_, say, **__: say("[1/1] [a] done"))
+    arguments = __main__._parser().parse_args(["--sweep", "sweep.py"])
+    before = [{"optim.lr": 1e-3}, {"optim.lr": 2e-3}]
+    for overrides, left in ((before, None), ([*before, {"optim.lr": 2e-3, "run.seed": 1}], "lr=0.001.")):
+        sweep = make(overrides)
+        done(tmp_path, sweep.points)
+        assert __main__._run_here(sweep, tmp_path, None, arguments, Console(width=200)) == 0
+        said = capsys.readouterr().out
+        assert "[1/1] [a] done" in said
+        assert ("2 of the folders in" in said) == (left is not None)
+        assert left is None or f"such as {left} They are left as they are." in said
+
+
 def test_the_table_and_the_page_say_where_a_search_stopped_each_point(tmp_path, capsys):
     """Whoever got further comes first, whatever the metric; seeds that got to different steps are not averaged."""
     sweep = make([{"optim.lr": lr, "run.seed": seed} for lr in (1e-3, 2e-3, 4e-3) for seed in (0, 1)])
@@ -269,6 +312,20 @@ def test_the_page_takes_values_that_are_lists(tmp_path):
     page = write_page(tmp_path, sweep, results.collect(tmp_path, sweep)).read_text()
     assert "optim.lr down, augment.mean across" in page
     assert "<th>[0.6]</th>" in page
+
+
+def test_the_page_names_the_sweep_and_puts_whole_numbers_and_others_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    points = make([{"optim.lr": lr, "model.dropout": rate} for lr in (1e-3, 2e-3) for rate in (0.5, 1, 0, 0.25)])
+    for point in points.points:
+        folder = run.point_workdir(tmp_path, point)
+        run.write_result(folder, point, status="done", step=2, metrics={"test/top1": point.index / 8}, secs=1.0)
+    for file, name in (("sweep.py", tmp_path.name), ("rates.py", "rates")):
+        sweep = dataclasses.replace(points, path=Path(file))
+        page = write_page(tmp_path, sweep, results.collect(tmp_path, sweep)).read_text()
+        assert f"<h1>{name}</h1>" in page
+        assert "<h2>Question</h2>" not in page  # the file has no docstring
+        assert "<th>0</th><th>0.25</th><th>0.5</th><th>1</th>" in page
 
 
 @pytest.mark.parametrize("seeds", [(0,), (0, 1)])

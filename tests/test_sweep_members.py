@@ -9,11 +9,15 @@ import pytest
 
 from tests.helpers import csv_rows, metrics_lines, tiny_config
 from vit_flax import job as job_module
+from vit_flax.checkpoint import Checkpoints
+from vit_flax.checkpoint_record import read_record
 from vit_flax.config import ConfigError
+from vit_flax.evals.classification import Classification
 from vit_flax.signals import EXIT_PREEMPTED
 from vit_flax.sweep.members import explain_single, group, program_of, train_members
 from vit_flax.sweep.points import expand
 from vit_flax.sweep.run import point_workdir, read_result
+from vit_flax.train_log import CLOCK
 from vit_flax.trainer import train
 from vit_flax.workdir import lock
 
@@ -193,6 +197,50 @@ def test_a_signal_while_members_are_evaluated_costs_no_result(batch, short, tmp_
         assert read_result(mine)["metrics"]["test/loss"] == read_result(theirs)["metrics"]["test/loss"]
         assert metrics_lines(mine) == metrics_lines(theirs)
         assert csv_rows(mine, "test") == csv_rows(theirs, "test")
+
+
+def test_a_kill_while_results_are_written_costs_none_of_them(short, tmp_path, monkeypatch):
+    """After the checkpoint of the first member; the second life trains and evaluates nothing."""
+    points, workdir = short
+    whole = Checkpoints.save
+
+    def cut(self, *arguments, **named):
+        if self.directory.parent == point_workdir(tmp_path, points[1]):
+            raise KeyboardInterrupt
+        return whole(self, *arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", cut)
+        with pytest.raises(KeyboardInterrupt):
+            train_members(points, tmp_path, say=lambda line: None)
+    assert not any(read_result(point_workdir(tmp_path, point)) for point in points)
+    with monkeypatch.context() as patch:
+        patch.setattr(Classification, "run", lambda *_: pytest.fail("evaluated again"))
+        patch.setattr(job_module.Data, "train", lambda *_, **__: pytest.fail("trained again"))
+        train_members(points, tmp_path, say=lambda line: None)
+    for point in points:
+        mine, theirs = (point_workdir(folder, point) for folder in (tmp_path, workdir))
+        assert same_numbers(read_result(mine)["metrics"], read_result(theirs)["metrics"])
+        assert metrics_lines(mine) == metrics_lines(theirs)
+        records = [read_record(folder / "checkpoints" / "4") for folder in (mine, theirs)]
+        assert records[0]["metrics"] == records[1]["metrics"] != {}
+        assert records[0]["checksums"] == records[1]["checksums"]
+
+
+def same_numbers(a, b):
+    return {k: v for k, v in a.items() if k not in CLOCK} == {k: v for k, v in b.items() if k not in CLOCK}
+
+
+def test_evaluations_and_checkpoints_by_the_clock(tmp_path):
+    config = base()
+    with config.unlocked():
+        config.run.total_steps = 4
+        del config.evals.test["every_steps"]
+        config.evals.test.every_secs = 1e-9
+    points = expand(config, SWEPT[:2], where="test")
+    train_members(points, tmp_path, say=lambda line: None)
+    for point in points:
+        assert [row["step"] for row in csv_rows(point_workdir(tmp_path, point), "test")] == ["1", "2", "3", "4"]
 
 
 def test_a_member_that_is_running_by_itself_is_left_alone(short, tmp_path):

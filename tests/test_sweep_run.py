@@ -73,7 +73,8 @@ def test_points_run_at_once_and_each_end_is_noted(tmp_path, processes):
             os.kill(os.getpid(), signal.SIGKILL)
         if index == 3:
             raise ImportError("no such package")
-        return write_result(folder, task.point, status="done", step=10, metrics={"a": 1.0}, secs=1.0)["status"]
+        metrics = {"a": 1.0, "test/count": 359.0, "train/loss": 1.0}
+        return write_result(folder, task.point, status="done", step=10, metrics=metrics, secs=1.0)["status"]
 
     processes(train)
     points = make_points(5)
@@ -84,6 +85,7 @@ def test_points_run_at_once_and_each_end_is_noted(tmp_path, processes):
     assert "no such package" in results[3]["error"]
     assert sorted(line[:5] for line in said) == [f"[{n}/5]" for n in range(1, 6)]
     assert sum("FAILED" in line for line in said) == 3
+    assert sum(line.endswith(": a 1.0000  (1 s)") for line in said) == 2
     assert not plan.finished
 
     def succeed(task, workdir):

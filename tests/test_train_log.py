@@ -39,7 +39,7 @@ def clock(monkeypatch):
 def make_log(**arguments):
     sink = Collected()
     writer = Writer(None, {"collected": lambda: sink}, start_step=0, total_steps=10)
-    defaults = dict(every_steps=3, batch_size=8, total_steps=10, start_step=0, open_interval={})
+    defaults = dict(every_steps=3, batch_size=8, total_steps=10, start_step=0, open_interval={}, last={})
     defaults |= dict(learning_rates=np.zeros(10), mfu_per_image_per_sec=None)
     return TrainLog(writer, **(defaults | arguments)), sink.lines
 

@@ -92,10 +92,11 @@ def test_a_line_that_could_not_be_written_is_written_by_the_next_life(step, name
 
 
 def test_running_a_finished_job_again_changes_nothing(finished):
-    state, _, workdir = finished
+    state, results, workdir = finished
     before = metrics_lines(workdir)
-    again, _ = train(tiny_config(run__ema_decay=0.9), workdir)
+    again, same = train(tiny_config(run__ema_decay=0.9), workdir)
     assert raw(again) == raw(state)
+    assert same == results
     assert metrics_lines(workdir) == before
 
 

@@ -61,9 +61,9 @@ def test_every_key_that_differs_is_named(tmp_path):
         workdir.claim(tmp_path, other, given=other)
     rows = [line.strip() for line in str(error.value).splitlines() if line.startswith("  ")]
     assert rows == [
-        "model.new: there 'absent', here 1",
+        "model.new: there absent, here 1",
         "model.pair: there [1, 2], here [1, 3]",
-        "model.width: there 8, here 'absent'",
+        "model.width: there 8, here absent",
         "run.seed: there 0, here 1",
     ]
     assert (tmp_path / "config.json").read_bytes() == before

@@ -1,4 +1,5 @@
 import logging
+import os
 import re
 
 import pytest
@@ -39,9 +40,13 @@ def test_a_server_that_fails_does_not_end_the_run(capsys):
     assert said.count("mlflow failed and gets nothing more from this run (ConnectionError: the server is away).") == 1
 
 
-def test_a_file_that_fails_does(capsys):
-    writer = make({"csv": Broken()})
-    with pytest.raises(ConnectionError):
+def test_a_file_that_fails_does_and_names_the_workdir(tmp_path):
+    class Full(Collected):
+        def scalars(self, step, values):
+            raise OSError(28, "No space left on device")
+
+    writer = Writer(tmp_path, {"csv": Full}, start_step=0, total_steps=9)
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}'"):
         writer.write(1, {"x": 1.0})
 
 
@@ -74,6 +79,17 @@ def test_plain_console_gets_a_line_per_message(capsys):
     assert capsys.readouterr().out.splitlines() == ["step 4/9 loss 1 [bold]not markup[/bold]", "x" * 300]
 
 
+def test_a_run_whose_output_nobody_reads_any_more_goes_on(monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as file:
+        monkeypatch.setattr("sys.stdout", file)
+        writer = make({})
+        for step in range(3):
+            writer.progress(step, "loss 1.0")
+        print_results(writer.console, {"test/top1": 0.5}, {})
+
+
 def test_warnings_are_lines_above_the_progress_bar(monkeypatch, capsys):
     root = logging.getLogger()
     monkeypatch.setattr(root, "handlers", list(root.handlers))
@@ -93,11 +109,20 @@ def test_warnings_are_lines_above_the_progress_bar(monkeypatch, capsys):
 def test_results_leave_out_layers_and_places_that_are_not_there(tmp_path, capsys):
     (tmp_path / "there").mkdir()
     with make({}) as writer:
-        results = {"test/top1": 0.5, "train/grad_norm/block_0": 1.0, "train/lr": 1e-5, "train/rate": 12345.0}
+        results = {
+            "step": 3.0,
+            "test/top1": 0.5,
+            "test/ema_count": 359.0,
+            "train/grad_norm/block_0": 1.0,
+            "train/lr": 1e-5,
+            "train/rate": 12345.0,
+        }
         print_results(writer.console, results, {"a": tmp_path / "there", "b": tmp_path / "gone"})
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert rows == [
+        ["step", "3"],
         ["test/top1", "0.5000"],
+        ["test/ema_count", "359"],
         ["train/lr", "1e-05"],
         ["train/rate", "1.234e+04"],
         ["a", str(tmp_path / "there")],

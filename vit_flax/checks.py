@@ -55,7 +55,6 @@ def check_evaluations(
       keeps_average: whether the moving average of the parameters is evaluated, too.
       best_metric: of the `checkpoint` section.
     """
-    known: list[str] = []
     for name, entry in evals.items():
         evaluation = EVALS[entry["type"]]
         if evaluation.several_labels != several_labels:
@@ -64,11 +63,20 @@ def check_evaluations(
                 f"evals.{name}.type={entry['type']!r}, but the examples of this data have "
                 f"{'several labels' if several_labels else 'one label'} each: use {fitting}."
             )
-        known += [f"{name}/{average}{figure}" for average in ("", "ema_") for figure in evaluation.figures]
-    if not keeps_average:
-        known = [metric for metric in known if "/ema_" not in metric]
+    known = figures(evals, keeps_average=keeps_average)
     if best_metric is not None and best_metric not in known:
         raise ConfigError(
             f"checkpoint.{best_metric=} is none of the figures of the evaluations: "
             f"{', '.join(known) or 'there are none'}. None keeps no best checkpoint."
         )
+
+
+def figures(evals: Mapping[str, Mapping[str, Any]], *, keeps_average: bool) -> list[str]:
+    """The names of all that the evaluations of a config will find, such as "test/top1" and "test/ema_top1"."""
+    averages = ("", "ema_") if keeps_average else ("",)
+    return [
+        f"{name}/{average}{figure}"
+        for name, entry in evals.items()
+        for average in averages
+        for figure in EVALS[entry["type"]].figures
+    ]

@@ -83,7 +83,7 @@ def rows_of(diff: Mapping[str, tuple[Any, Any]], theirs: str, ours: str) -> str:
     """
     rows = []
     for key, values in diff.items():
-        a, b = map(repr, values)
+        a, b = (value if value == ABSENT else repr(value) for value in values)
         same = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), 0)
         start = max(0, same - 20) if max(len(a), len(b)) > MOST_CHARACTERS else 0
         rows.append(f"  {key}: {theirs} {_cut(a, start)}, {ours} {_cut(b, start)}")

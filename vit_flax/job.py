@@ -305,8 +305,8 @@ class Job:
                 sinks[name] = partial(SINKS[name], **_taken_by(SINKS[name], supplied), **self.sections[section])
         return Writer(folder, sinks, start_step=start_step, total_steps=self.run.total_steps, quiet=quiet)
 
-    def train_log(self, writer: Writer, open_interval: Mapping[str, Any]) -> TrainLog:
-        """Averages and writes the metrics of the steps; goes on with the interval that an earlier process left open."""
+    def train_log(self, writer: Writer, open_interval: Mapping[str, Any], last: dict[str, float]) -> TrainLog:
+        """Averages and writes the metrics of the steps; goes on with what an earlier process left (see `TrainLog`)."""
         found = peak.find_peak(self.run.peak_tflops, jnp.dtype(self.model.dtype).name)
         if found is not None:
             writer.say(f"MFU is a part of {found[0] / 1e12:,.1f} TFLOP/s per device ({found[1]}).")
@@ -320,6 +320,7 @@ class Job:
             total_steps=self.run.total_steps,
             start_step=writer.start_step,
             open_interval=open_interval,
+            last=last,
             learning_rates=self.learning_rates(),
             mfu_per_image_per_sec=found and facts["train_flops_per_image"] / (found[0] * facts["num_devices"]),
         )

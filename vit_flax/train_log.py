@@ -30,6 +30,7 @@ class TrainLog:
       total_steps: of the run.
       start_step: the step that the run goes on from.
       open_interval: what `open_interval` returned at the checkpoint of that step; empty at the start.
+      last: the numbers of the interval before, as in `TrainLog.last`; empty at the start.
       learning_rates: of each step of the run.
       mfu_per_image_per_sec: part of the devices' peak that one image per second takes; None where no peak is known.
     """
@@ -43,6 +44,7 @@ class TrainLog:
         total_steps: int,
         start_step: int,
         open_interval: Mapping[str, Any],
+        last: dict[str, float],
         learning_rates: np.ndarray,
         mfu_per_image_per_sec: float | None,
     ):
@@ -56,7 +58,7 @@ class TrainLog:
         self._due: int | None = None
         self._waited_secs = 0.0
         self._since: float | None = None
-        self.last: dict[str, float] = {}
+        self.last = last
 
     def __call__(self, step: int, metrics: Mapping[str, ArrayLike], waited_secs: float) -> None:
         """Takes the metrics of a step (on the device, or fetched) and the time its batch was waited for."""

@@ -81,11 +81,11 @@ class Loop:
     def __init__(self, job: Job, start: Restored, checkpoints: Checkpoints, writer: Writer, stop: StopSignal):
         self._job, self._checkpoints, self._writer, self._stop = job, checkpoints, writer, stop
         self.step, self.state = start.step, start.state
-        before = start.progress or {"interval": {}, "latest": {}, "found": {}, "evaluated": True}
+        before = start.progress or {"interval": {}, "last": {}, "latest": {}, "found": {}, "evaluated": True}
         self._latest: dict[str, float] = before["latest"]  # of all evaluations
         self._found: dict[str, float] = before["found"]  # by the evaluations at this step
         self._evaluated: bool = before["evaluated"]  # all evaluations of this step are done
-        self._log = job.train_log(writer, before["interval"])
+        self._log = job.train_log(writer, before["interval"], before["last"])
         self._bad_steps = job.bad_steps(writer)
         self._evaluations = job.evaluation_hooks(job.evaluations(stop), writer, self._log, self._found)
         self._profile = job.profile(writer)
@@ -165,6 +165,7 @@ class Loop:
     def _progress(self) -> dict[str, Any]:
         return {
             "interval": self._log.open_interval(),  # the steps since the last line of the log
+            "last": self._log.last,
             "latest": dict(self._latest),  # copies: a thread writes them down while the loop goes on
             "found": dict(self._found),
             "evaluated": self._evaluated,

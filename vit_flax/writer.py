@@ -12,6 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from vit_flax.console import RunConsole
 from vit_flax.param_groups import ParameterGroup
 from vit_flax.sinks import EXTRAS, Sink
 
@@ -41,7 +42,7 @@ class Writer:
     ):
         self.workdir, self.start_step = workdir, start_step
         self.active = jax.process_index() == 0
-        self.console = Console(quiet=quiet or not self.active)
+        self.console = RunConsole(quiet=quiet or not self.active)
         self._sinks: dict[str, Sink] = {}
         with ExitStack() as opened:  # closes those that are open when another cannot be opened
             for name, make in sinks.items() if self.active else ():
@@ -85,6 +86,8 @@ class Writer:
             write(*arguments)
         except Exception as error:
             if name not in EXTRAS:
+                if isinstance(error, OSError) and error.filename is None:
+                    error.filename = str(self.workdir)  # a full disk does not say which one it is
                 raise
             # A server that is away must not end a run; the files are complete.
             self._sinks.pop(name, None)
@@ -123,11 +126,19 @@ def print_groups(console: Console, groups: Sequence[ParameterGroup]) -> None:
         console.print("  ".join(cells).rstrip(), highlight=False, markup=False, soft_wrap=True)
 
 
+def as_text(name: str, value: float) -> str:
+    """A number for people: "0.9833", "1,317", "3.94e-05"; steps and counts whole."""
+    if name.endswith(("step", "count")):
+        return f"{value:,.0f}"
+    return f"{value:,.4g}" if abs(value) >= 1000 or 0 < abs(value) < 1e-3 else f"{value:.4f}"
+
+
 def print_results(console: Console, results: Mapping[str, float], places: Mapping[str, Path]) -> None:
     """The table at the end of a run: numbers, and where everything is (paths whole, however narrow the console)."""
     shown = {k: v for k, v in results.items() if k.count("/") < 2}  # without the norms of each layer
-    numbers = {k: f"{v:,.4g}" if abs(v) >= 1000 or 0 < abs(v) < 1e-3 else f"{v:.4f}" for k, v in shown.items()}
-    rows = numbers | {name: str(path) for name, path in places.items() if path.exists()}
+    rows = {name: as_text(name, value) for name, value in shown.items()} | {
+        name: str(path) for name, path in places.items() if path.exists()
+    }
     width = max(map(len, rows))
     for name, text in rows.items():
         console.print(f"{name:<{width}}  {text}", highlight=False, markup=False, soft_wrap=True)

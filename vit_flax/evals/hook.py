@@ -14,7 +14,7 @@ from vit_flax.files import write_atomically
 from vit_flax.step import TrainState
 from vit_flax.train_log import TrainLog
 from vit_flax.typing import PyTree
-from vit_flax.writer import Writer
+from vit_flax.writer import Writer, as_text
 
 
 @runtime_checkable
@@ -70,7 +70,7 @@ class EvaluationHook:
         found = {f"{self._name}/{metric}": value for metric, value in self._evaluation.run(state).items()}
         self._writer.write(step, found)
         self._results.update(found)  # from here on no later life evaluates it again
-        self._writer.say(f"step {step} " + "  ".join(f"{name} {value:.4f}" for name, value in found.items()))
+        self._writer.say(f"step {step} " + "  ".join(f"{name} {as_text(name, value)}" for name, value in found.items()))
         if self._writer.workdir is not None and self._writer.active:
             self._write_details(step, "moving average of the parameters" if state.ema is not None else "parameters")
         if self._log is not None:

@@ -16,17 +16,15 @@ from vit_flax.report import sections
 def write_report(workdir: str | Path) -> Path:
     """Writes `report.html` into the workdir, finished run or not, and returns its path.
 
-    Raises: FileNotFoundError: the folder lacks a file that every run writes; names it.
+    Raises: FileNotFoundError: the folder lacks a file that every run writes; names it. ValueError: one is damaged.
     """
     folder = Path(workdir).expanduser().absolute()
     for name in ("config.json", "facts.json", "metrics.jsonl"):
         if not (folder / name).exists():
             raise FileNotFoundError(f"There is no {name} in {folder}: is it the --workdir of a run that has started?")
-    record, facts = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("config.json", "facts.json"))
+    record, facts = (_read(folder / name) for name in ("config.json", "facts.json"))
     lines = whole_lines(folder / "metrics.jsonl")
-    evals = {
-        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "evals").glob("*.json"))
-    }
+    evals = {path.stem: _read(path) for path in sorted((folder / "evals").glob("*.json"))}
     last_step = max((line["step"] for line in lines), default=0)
     body = [
         sections.header(folder.name, facts, record, last_step),
@@ -41,6 +39,13 @@ def write_report(workdir: str | Path) -> Path:
     path = folder / "report.html"
     write_atomically(path, page(f"{folder.name}: vit_flax run", "\n".join(body)))
     return path
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): move it away, and start the run again.") from None
 
 
 def page(title: str, body: str) -> str:

@@ -80,6 +80,8 @@ def tiles(evals: Mapping[str, Line], lines: Sequence[Line]) -> str:
 def learning(lines: Sequence[Line]) -> str:
     """A chart of each figure of merit, with training and every evaluation in it."""
     groups = _by_metric(lines)
+    if all(value == 1 for points in groups.get("top5", {}).values() for _, value in points):
+        groups.pop("top5", None)  # of up to five classes, all are among the first five
     unknown = {metric: (metric, False, "") for metric in groups if metric not in ENGINE | LEARNING}
     return _charts("Curves", _draw(groups, LEARNING | unknown))
 

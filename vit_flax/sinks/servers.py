@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from vit_flax.files import write_atomically
+
 
 class WandB:
     """One W&B run per workdir: a run that goes on from a checkpoint goes on in the same W&B run.
@@ -58,7 +60,7 @@ class WandB:
             tags=list(tags),
             mode=mode,
         )
-        id_file.write_text(run_id, encoding="utf-8")
+        write_atomically(id_file, run_id)
 
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
         """Adds points to the curves."""
@@ -115,7 +117,7 @@ class MLflow:
             mlflow.start_run(run_id=id_file.read_text(encoding="utf-8"))
             return
         run = mlflow.start_run(run_name=name or workdir.name)
-        id_file.write_text(run.info.run_id, encoding="utf-8")
+        write_atomically(id_file, run.info.run_id)
         params = list(config.items())
         for start in range(0, len(params), 100):  # a request takes no more
             mlflow.log_params(dict(params[start : start + 100]))

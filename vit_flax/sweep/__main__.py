@@ -9,15 +9,18 @@ stopped by a signal after saving (the same command goes on from there).
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from vit_flax.config import ConfigError
+from vit_flax.console import RunConsole
 from vit_flax.signals import exit_on_signals
 from vit_flax.sweep import results, run
 from vit_flax.sweep.check import check, check_apart
@@ -38,7 +41,7 @@ def main() -> int:
         sweep = load_sweep(arguments.sweep)
         _check_arguments(sweep, arguments)
         return _run(sweep, arguments)
-    except (ConfigError, ModuleNotFoundError, OSError, RuntimeError) as error:
+    except (ValueError, ModuleNotFoundError, OSError, RuntimeError) as error:
         if os.environ.get("VIT_FLAX_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)
@@ -81,6 +84,10 @@ def _check_arguments(sweep: Sweep, arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name}={value}: expected {least} or more.")
+    if arguments.workdir is None and not arguments.dry_run:
+        raise ConfigError("--workdir is needed: a folder for the points and the results.")
+    if arguments.vmap and (arguments.jobs > 1 or arguments.launcher != "local" or arguments.point is not None):
+        raise ConfigError("--vmap trains points in this one process: not with --jobs, --launcher or --point.")
     if arguments.max_members is not None and not arguments.vmap:
         raise ConfigError("--max_members is for --vmap: other points train one in a process.")
     if arguments.min_steps is not None and not arguments.search:
@@ -98,25 +105,27 @@ def _check_arguments(sweep: Sweep, arguments: argparse.Namespace) -> None:
     search = arguments.search or ("suggest(trial)" if sweep.suggest else None)
     if search and (arguments.vmap or arguments.point is not None):
         raise ConfigError(f"{search} decides after each point what runs next: not with --vmap or --point.")
+    if arguments.point is not None and not 0 <= arguments.point < len(sweep.points):
+        raise ConfigError(f"--point={arguments.point}: the sweep has the points 0 to {len(sweep.points) - 1}.")
 
 
 def _run(sweep: Sweep, arguments: argparse.Namespace) -> int:
-    console = Console()
+    console = RunConsole()
     trials = Trials(sweep, None, count=arguments.trials, seed=arguments.search_seed) if sweep.suggest else None
     if trials is not None:  # a trial that is not kept: what is wrong with suggest(trial) shows before the first starts
         trials.next()
     here = arguments.vmap or arguments.point is not None or arguments.dry_run
-    lengths = (check if here else check_apart)(sweep.path, trials.points if trials else sweep.points)
+    lengths = (check if here else check_apart)(sweep.path, trials.points if trials else sweep.points, sweep.metrics)
     rungs = rungs_of(lengths, arguments.halving_factor, arguments.min_steps) if arguments.search else None
     if arguments.dry_run:
         _list(sweep, rungs, trials, console)
         return 0
-    if arguments.workdir is None:
-        raise ConfigError("--workdir is needed: a folder for the points and the results.")
     if arguments.point is not None:
-        if not 0 <= arguments.point < len(sweep.points):
-            raise ConfigError(f"--point={arguments.point}: the sweep has the points 0 to {len(sweep.points) - 1}.")
-        return 0 if run.run_point(sweep.points[arguments.point], arguments.workdir)["status"] == "done" else 2
+        point = sweep.points[arguments.point]
+        result = run.read_result(run.point_workdir(arguments.workdir, point))
+        if result is None or result["status"] != "done":
+            result = run.run_point(point, arguments.workdir)
+        return 0 if result["status"] == "done" else 2
     from vit_flax import workdir as folders  # imports JAX: not for --help
 
     workdir = arguments.workdir.absolute()
@@ -137,12 +146,19 @@ def _run_here(
     sweep: Sweep, workdir: Path, rungs: list[int] | None, arguments: argparse.Namespace, console: Console
 ) -> int:
     """Runs the sweep in a workdir that nobody else uses, and writes down what it found."""
+    say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
     plan = _plan(sweep, workdir, rungs, arguments)
+    there = {path.name for path in (workdir / "points").glob("*")}
+    if others := sorted(there - {point.name for point in plan.points}):
+        say(
+            f"{len(others)} of the folders in {workdir / 'points'} are of no point of this file (any more), such as "
+            f"{others[0]}. They are left as they are."
+        )
     if arguments.vmap:
-        _run_members(sweep, workdir, arguments.max_members, console)
+        _run_members(sweep, workdir, arguments.max_members, say)
     else:
         options = dict(launcher=arguments.launcher, launcher_options=arguments.launcher_options)
-        run.run(plan, workdir, jobs=arguments.jobs, **options)
+        run.run(plan, workdir, jobs=arguments.jobs, **options, say=say)
     sweep = dataclasses.replace(sweep, points=plan.points)
     rows = results.collect(workdir, sweep)
     results.write_csv(workdir / "results.csv", rows)
@@ -164,17 +180,17 @@ def _plan(sweep: Sweep, workdir: Path, rungs: list[int] | None, arguments: argpa
     return run.Each(sweep.points, workdir)
 
 
-def _run_members(sweep: Sweep, workdir: Path, max_members: int | None, console: Console) -> None:
+def _run_members(sweep: Sweep, workdir: Path, max_members: int | None, say: Callable[[str], None]) -> None:
     from vit_flax.cache import enable_compilation_cache
     from vit_flax.sweep import members
 
     enable_compilation_cache()
     points = run.pending(workdir, sweep)
     if reason := members.explain_single(points):
-        console.print(reason, soft_wrap=True)
+        say(reason)
     for group in members.group(points, max_members or (members.most_members(points[0]) if points else None)):
-        console.print(f"{len(group)} members in one program: {group[0].name} to {group[-1].name}", soft_wrap=True)
-        members.train_members(group, workdir, say=lambda line: console.print(line, highlight=False, soft_wrap=True))
+        say(f"{len(group)} members in one program: {group[0].name} to {group[-1].name}")
+        members.train_members(group, workdir, say=say)
 
 
 if __name__ == "__main__":

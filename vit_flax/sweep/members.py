@@ -25,6 +25,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from vit_flax import workdir as folders
 from vit_flax.checkpoint import Checkpoints, Restored
 from vit_flax.config import HPARAMS, ConfigError, flatten
+from vit_flax.hooks import Every
 from vit_flax.job import Job, build
 from vit_flax.signals import EXIT_PREEMPTED, Interrupted, StopSignal
 from vit_flax.step import TrainState
@@ -125,8 +126,8 @@ class _Member:
     log: TrainLog
     found: dict[str, float]
     latest: dict[str, float]
-    hooks: Mapping[str, Callable[..., None]]
-    diverged: str | None = None
+    hooks: Mapping[str, Every]
+    diverged: str | None
 
 
 class _Run:
@@ -181,26 +182,25 @@ class _Run:
             about = self._job.about()
             checkpoints.save(self.step, states, identity=self._identity, about=about, metrics={}, progress=progress)
 
+        save_on_schedule = self._job.every("checkpoint", lambda *_: save())
         step_fn, batches = self._step_fn(), self._batches()
         interval: list[dict[str, jax.Array]] = []
         try:
             if not self._evaluated:
-                self._evaluate(members, states)
+                self._evaluate(members, states, self._due(members))
             while self.step < self._total and not self._stop.received:
                 states, metrics = step_fn(states, next(batches))
                 self.step += 1
                 interval.append(metrics)
-                due = self._due()
+                due = self._due(members)
                 if due or self.step % self._log_every == 0 or self.step == self._total:
                     self._distribute(members, interval)
                     interval = []
                 for member in members:
                     member.found.clear()
                 if due:
-                    self._evaluate(members, states)
-                every = self._job.sections["checkpoint"].get("every_steps")
-                if every and self.step % every == 0:
-                    save()
+                    self._evaluate(members, states, due)
+                save_on_schedule(self.step, states)
                 checkpoints.check()
         except Interrupted:
             pass
@@ -243,16 +243,16 @@ class _Run:
         evaluations = self._job.evaluations(self._stop)  # compiled once for all members
         members = []
         for i, (point, job) in enumerate(zip(self._points, self._jobs, strict=True)):
-            before = progress[i] if progress else {"interval": {}, "latest": {}, "diverged": None}
+            before = (
+                progress[i] if progress else {"interval": {}, "last": {}, "latest": {}, "found": {}, "diverged": None}
+            )
             folder = point_workdir(self._workdir, point)
             writers.enter_context(folders.lock(folder))  # the point may be running by itself
             folders.claim(folder, job.config, given=job.given)
             writer = writers.enter_context(job.writer(folder, start_step=self.step, quiet=True))
-            log, found = job.train_log(writer, before["interval"]), dict[str, float]()
+            log, found = job.train_log(writer, before["interval"], before["last"]), before["found"]
             hooks = job.evaluation_hooks(evaluations, writer, log, found)
-            members.append(
-                _Member(point, job, folder, writer, log, found, dict(before["latest"]), hooks, before["diverged"])
-            )
+            members.append(_Member(point, job, folder, writer, log, found, before["latest"], hooks, before["diverged"]))
         return members
 
     def _distribute(self, members: Sequence[_Member], interval: Sequence[dict[str, jax.Array]]) -> None:
@@ -273,34 +273,40 @@ class _Run:
             span = f"loss {min(finite):.4f} to {max(finite):.4f}"
             self._say(f"step {self.step}/{self._total}  {len(members)} members  {span}")
 
-    def _due(self) -> bool:
-        sections = [self._job.sections[f"evals.{name}"] for name in self._job.config["evals"]]
-        every = [section.get("every_steps") for section in sections]
-        return self.step == self._total or any(n and self.step % n == 0 for n in every)
+    def _due(self, members: Sequence[_Member]) -> list[str]:
+        """The evaluations that are due, for all members by the clock of one."""
+        hooks = next((member.hooks for member in members if member.diverged is None), {})
+        return [name for name, hook in hooks.items() if hook.is_due(self.step)]
 
-    def _evaluate(self, members: Sequence[_Member], states: TrainState) -> None:
+    def _evaluate(self, members: Sequence[_Member], states: TrainState, due: Sequence[str]) -> None:
         self._evaluated = False
         states = jax.device_put(states, self._everywhere) if self._mesh.size > 1 else states
         for i, member in enumerate(members):
             if member.diverged is None:
                 state = _member_state(states, i)
-                for hook in member.hooks.values():
-                    hook(self.step, state)
+                for name in due:
+                    member.hooks[name].now(self.step, state)
                 member.latest.update(member.found)
         self._evaluated = True
 
     def _progress(self, member: _Member) -> dict[str, Any]:
-        return {"interval": member.log.open_interval(), "latest": member.latest, "diverged": member.diverged}
+        return {
+            "interval": member.log.open_interval(),
+            "last": member.log.last,
+            "latest": dict(member.latest),  # copies: a thread writes them down while the loop goes on
+            "found": dict(member.found),
+            "diverged": member.diverged,
+        }
 
     def _finish(self, members: Sequence[_Member], states: TrainState, secs: float) -> None:
-        """Gives every member its last checkpoint, as its solo run would have written it, and its result."""
+        """Gives every member its last checkpoint, as its solo run would have written it, then its result.
+
+        The results come last: members that have one are no longer of this group when the sweep is started again.
+        """
         for i, member in enumerate(members):
             if member.diverged is not None:
-                write_result(
-                    member.folder, member.point, status="failed", error=f"Diverged: {member.diverged}", secs=secs
-                )
                 continue
-            progress = self._progress(member) | {"found": member.found, "evaluated": True}
+            progress = self._progress(member) | {"evaluated": True}
             del progress["diverged"]
             with Checkpoints(str(member.folder / "checkpoints"), **member.job.checkpoint) as own:
                 own.save(
@@ -311,9 +317,12 @@ class _Run:
                     metrics=member.found,
                     progress=progress,
                 )
+        for member in members:
             train = {f"train/{name}": value for name, value in member.log.last.items()}
-            found = train | member.latest
-            write_result(member.folder, member.point, status="done", step=self.step, metrics=found, secs=secs)
+            entries: dict[str, Any] = dict(status="done", step=self.step, metrics=train | member.latest)
+            if member.diverged is not None:
+                entries = dict(status="failed", error=f"Diverged: {member.diverged}")
+            write_result(member.folder, member.point, **entries, secs=secs)
 
 
 def _member_state(states: TrainState, i: int) -> TrainState:

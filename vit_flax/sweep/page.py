@@ -1,7 +1,7 @@
 """`sweep.html`: what a sweep found, in one file that needs no network."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ def write_page(workdir: Path, sweep: Sweep, rows: Sequence[Row]) -> Path:
     done, stopped = (sum(row.status == status for row in rows) for status in ("done", "stopped"))
     count = f"{done} of {len(rows)} points" + (f" to the end, {stopped} stopped before" if stopped else "")
     body = [
-        f"<header><p class=kicker>Sweep · {count}</p><h1>{escape(sweep.path.parent.name)}</h1>"
+        f"<header><p class=kicker>Sweep · {count}</p><h1>{escape(sweep.title)}</h1>"
         f"<p>{escape(sweep.doc.splitlines()[0] if sweep.doc else '')}</p></header>",
         _table(sweep, ranked),
         _curves(workdir, ranked, metric),
@@ -31,10 +31,10 @@ def write_page(workdir: Path, sweep: Sweep, rows: Sequence[Row]) -> Path:
         _effects(main_effects(rows, metric), metric),
         _parallel(rows, metric),
         _failures(rows),
-        f"<section><h2>Question</h2><pre>{escape(sweep.doc)}</pre></section>",
+        f"<section><h2>Question</h2><pre>{escape(sweep.doc)}</pre></section>" if sweep.doc else "",
     ]
     path = workdir / "sweep.html"
-    write_atomically(path, page(f"{sweep.path.parent.name}: vit_flax sweep", "\n".join(body)))
+    write_atomically(path, page(f"{sweep.title}: vit_flax sweep", "\n".join(body)))
     return path
 
 
@@ -80,7 +80,7 @@ def _heat_map(ranked: Sequence[Setting], metric: str, larger: bool) -> str:
     keys = list(ranked[0].values)
     if len(keys) != 2:
         return ""
-    down, across = (sorted({s.values[key] for s in ranked}, key=lambda v: (str(type(v)), v)) for key in keys)
+    down, across = (_in_order(s.values[key] for s in ranked) for key in keys)
     cells = {(s.values[keys[0]], s.values[keys[1]]): s.mean.get(metric, math.nan) for s in ranked}
     finite = [value for value in cells.values() if math.isfinite(value)]
     if not finite or 2 * len(cells) < len(down) * len(across):  # no grid: points that were drawn
@@ -133,7 +133,7 @@ def _parallel(rows: Sequence[Row], metric: str) -> str:
     low, high = min(axes[metric]), max(axes[metric])
     marks, heights = [], []
     for i, (key, values) in enumerate(axes.items()):
-        levels = sorted(set(values), key=lambda v: (str(type(v)), v))
+        levels = _in_order(values)
         x = side + i * gap
         if key == metric:
             place = {v: (v - low) / (high - low) if high > low else 0.5 for v in levels}
@@ -164,6 +164,12 @@ def _parallel(rows: Sequence[Row], metric: str) -> str:
 def _failures(rows: Sequence[Row]) -> str:
     failed = [f"<li>{escape(row.name)}: {escape(row.error or '')}</li>" for row in rows if row.status == "failed"]
     return f"<section><h2>Failed</h2><ul class=plain>{''.join(failed)}</ul></section>" if failed else ""
+
+
+def _in_order(values: Iterable[Any]) -> list[Any]:
+    """Each once: numbers by their size, then all else by its kind."""
+    is_number = {v: isinstance(v, int | float) and not isinstance(v, bool) for v in values}
+    return sorted(is_number, key=lambda v: ("" if is_number[v] else str(type(v)), v))
 
 
 def _plain(value: Any) -> str:

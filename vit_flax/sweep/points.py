@@ -65,6 +65,11 @@ class Sweep:
     suggest: Callable[[Any], Mapping[str, Any]] | None = None
 
     @property
+    def title(self) -> str:
+        """What to call it: the name of the file or, where that is sweep.py, of its folder."""
+        return self.path.stem if self.path.stem != "sweep" else self.path.absolute().parent.name
+
+    @property
     def deciding(self) -> tuple[str, bool]:
         """The metric that decides, and whether larger is better."""
         return self.metrics[0].removeprefix("-"), not self.metrics[0].startswith("-")
@@ -185,17 +190,21 @@ def _override(base: ConfigDict, overrides: Any, where: str) -> dict[str, Any]:
         for part in sections:
             section = section.get(part) if isinstance(section, ConfigDict) else None
         if not (sections and isinstance(section, ConfigDict)) or name in section:
-            near = difflib.get_close_matches(key, known, n=1)
+            near = [name for name in known if name.endswith(f".{key}")] or difflib.get_close_matches(key, known, n=1)
             raise ConfigError(
                 f"{where}: the base has no key {key!r}."
                 + (f" Did you mean {near[0]!r}?" if near else "")
                 + " A section that it leaves out has to be written into the file first."
             )
         added[key] = value
-    try:
-        config.lock().update_from_flattened_dict({k: v for k, v in overrides.items() if k not in added})
-    except TypeError as error:
-        raise ConfigError(f"{where}: {error}") from error
+    config.lock()
+    for key, value in overrides.items():
+        if key not in added:
+            try:
+                config.update_from_flattened_dict({key: value})
+            except TypeError as error:
+                expected = f"a value such as {known[key]!r}, which the base has"
+                raise ConfigError(f"{where}: {key}: expected {expected}, found {value!r}.") from error
     with config.unlocked():
         config.update_from_flattened_dict(added)
     return replace_durations(config.to_dict(), overrides)

@@ -378,5 +378,7 @@ def _outcome(result: Mapping[str, Any] | None) -> str:
         return "stopped, or in use by another process; the same command goes on from its checkpoint"
     if result["status"] == "failed":
         return f"FAILED: {result['error'].splitlines()[0]}"
-    numbers = [f"{k} {v:.4f}" for k, v in result["metrics"].items() if not k.startswith("train/")]
+    numbers = [
+        f"{k} {v:.4f}" for k, v in result["metrics"].items() if not (k.startswith("train/") or k.endswith("count"))
+    ]
     return f"{'  '.join(numbers[:3])}  ({result['secs']:.0f} s)"
