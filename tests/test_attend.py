@@ -1,5 +1,6 @@
 """Attention against the equation in float64, in every implementation that runs here."""
 
+import re
 from types import SimpleNamespace
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 from vit_flax.models import ViT
 from vit_flax.models import attend as module
-from vit_flax.models.attend import IMPLEMENTATIONS, attend, attend_with_weights, why_not_cudnn
+from vit_flax.models.attend import IMPLEMENTATIONS, attend, attend_with_weights, padding, why_not_cudnn
 
 B, Q, S, K, E = 2, 5, 7, 3, 8
 HERE = [name for name in IMPLEMENTATIONS if name != "cudnn"]
@@ -152,9 +153,10 @@ def test_what_cudnn_can_take(gpu, monkeypatch, machine, dtype, head_dim, words, 
     assert (reason is None) if words is None else (words in reason)
     chosen = []
     for name in ("_cpu", "_xla", "_cudnn"):
-        monkeypatch.setattr(module, name, lambda q, k, v, name=name: chosen.append(name) or q)
-    module._auto(*arrays)
+        monkeypatch.setattr(module, name, lambda q, k, v, length=None, name=name: chosen.append(name) or q)
+    module._auto(*arrays, None)
     assert chosen == ["_cudnn" if words is None else "_xla"]
+    assert [padding(arrays[0], impl=impl) for impl in ("auto", "cudnn", "xla")] == [tokens % 2 * (not words)] * 2 + [0]
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(5, 7), (1, 7), (1, 6), (4, 6), (197, 197)])
@@ -196,3 +198,15 @@ def test_a_model_with_a_class_token_trains_on_cudnn(gpu, remat):
     loss = jax.jit(jax.grad(lambda params: model.apply(params, images, train=False)[0].astype("float32").sum()))
     text = loss.trace(params).lower(lowering_platforms=("cuda",)).as_text()
     assert "__cudnn$fmhaSoftmaxBackward(" in text
+
+
+def test_tokens_are_padded_once_and_not_in_every_block(gpu):
+    gpu()
+    model = ViT(num_classes=5, patch_size=8, width=64, depth=3, mlp_dim=64, num_heads=1, dtype="bfloat16", scan=False)
+    images = jnp.zeros((2, 16, 16, 3))
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
+    forward = jax.jit(lambda params: model.apply(params, images, train=False)[0])
+    text = forward.trace(params).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__cudnn$fmhaSoftmax(") == 3
+    padded = re.findall(r"stablehlo\.pad.*-> tensor<([\dx]+)xbf16>", text)
+    assert sorted(padded) == ["2x2x1x64", "2x6x64"]  # the only query of the last block, and the tokens: 5 -> 6

@@ -26,7 +26,7 @@ from tests.tiny_vit import (
     tiny,
     training_forward,
 )
-from vit_flax.models import ViT
+from vit_flax.models import ViT, attend
 from vit_flax.models.encoder import REMAT
 
 
@@ -73,6 +73,45 @@ def test_the_last_block_of_the_tokens_that_are_read_equals_that_of_all(reads, fi
         return jax.jit(jax.value_and_grad(loss, has_aux=True))(params, images())
 
     assert_close(run(fields["pool"]), run("none"), tol=2e-4)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "xla"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(),
+        dict(scan=False),
+        dict(remat="full", scan_unroll=2),
+        dict(pool="tok_dist", dist_token=True, posemb="none", rope="dinov3"),
+        dict(pool="gap", class_token=True),
+        dict(pool="map", registers=1, rope="eva", posemb="none", qk_norm=True),
+    ],
+)
+def test_tokens_added_for_the_attention_change_nothing(fields, impl, monkeypatch):
+    """Logits, all of `out` and the gradients are those of the model without them."""
+    model = tiny(**fields, attention_impl=impl)
+    params = random_params(model)
+
+    def run(padding):
+        monkeypatch.setattr(attend, "padding", lambda q, impl: padding)
+
+        def loss(params, x):
+            logits, out = model.apply({"params": params}, x, train=False)
+            return sum(jnp.sum(jnp.cos(x)) for x in jax.tree.leaves((logits, out))), (logits, out)
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params, images())
+
+    padded, plain = run(1), run(0)
+    assert jax.tree.map(jnp.shape, padded) == jax.tree.map(jnp.shape, plain)
+    assert_close(padded, plain, tol=2e-4)
+
+
+@pytest.mark.parametrize("fields", [dict(return_attention=True), dict(attention_dropout=0.1)])
+def test_attention_in_the_open_gets_no_added_token(fields, monkeypatch):
+    model = tiny(**fields)
+    params, rngs = random_params(model), {"dropout": jax.random.key(0)}
+    monkeypatch.setattr(attend, "padding", lambda q, impl: pytest.fail("asked for padding"))
+    jax.eval_shape(partial(model.apply, train=True, rngs=rngs), {"params": params}, images())
 
 
 @pytest.mark.parametrize("scan", [True, False])
@@ -156,7 +195,7 @@ def test_what_a_loop_looks_up_of_the_parameters_is_not_kept_for_the_backward_pas
 
 @pytest.mark.parametrize(
     ("backend", "fields", "turn"),
-    [("cpu", {}, 1), ("gpu", {}, 4), ("gpu", dict(depth=30), 12), ("gpu", dict(scan_unroll=2), 2), ("tpu", {}, 1)],
+    [("cpu", {}, 1), ("gpu", {}, 4), ("gpu", dict(depth=30), 30), ("gpu", dict(scan_unroll=2), 2), ("tpu", {}, 1)],
 )
 def test_blocks_per_turn_of_the_scan(monkeypatch, backend, fields, turn):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
@@ -190,12 +229,17 @@ def test_remat_auto_is_dots_for_a_scan_on_the_cpu_and_nothing_else(monkeypatch):
         model = tiny(**fields, attention_impl="xla")
         return str(jax.make_jaxpr(loss_and_gradients(model))(random_params(model), images()))
 
-    choices = {scan: {remat: program(scan=scan, remat=remat) for remat in ("none", "dots")} for scan in (True, False)}
-    assert choices[True]["none"] != choices[True]["dots"]
-    assert program(scan=True) == choices[True]["dots"]
-    assert program(scan=False) == choices[False]["none"]
+    def choices(**fields):
+        return [program(**fields, remat=remat) for remat in ("none", "dots")]
+
+    none, dots = choices(scan=True)
+    assert none != dots
+    assert program(scan=True) == dots
+    assert program(scan=False) == choices(scan=False)[0]
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert program(scan=True, scan_unroll=1) == choices[True]["none"]
+    none, dots = choices(scan=True, scan_unroll=1)
+    assert none != dots
+    assert program(scan=True, scan_unroll=1) == none
 
 
 @pytest.mark.parametrize(("pool", "in_the_scan"), [("gap", 2), ("tok", 1)])

@@ -10,7 +10,8 @@ from flax import linen as nn
 
 from vit_flax.models.block import Attention, Mlp
 from vit_flax.models.heads import POOLS, classify
-from vit_flax.models.layers import LayerNorm, Linear
+from vit_flax.models.layers import LayerNorm
+from vit_flax.models.linear import Linear
 
 B, N, D, K, E, F, V = 2, 7, 6, 2, 4, 5, 3
 PREFIX = 2  # tokens in front of the patches

@@ -13,11 +13,9 @@ from vit_flax.models.layers import (
     SAVED,
     LayerNorm,
     LayerScale,
-    Linear,
     drop_path,
     keep,
     kept,
-    product,
     recomputed,
     saved,
 )
@@ -96,66 +94,6 @@ def test_saved_lets_the_gradient_through(dtype):
         gradient = jax.jit(jax.grad(function))(x)
         assert gradient.dtype == dtype
         np.testing.assert_allclose(np.asarray(gradient, np.float64), expected, atol=1e-6 if dtype == F32 else 2e-2)
-
-
-@pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize(
-    ("x_shape", "kernel_shape", "in_axes", "equation"),
-    [
-        ((2, 5, 3), (3, 7), 1, "bni,io->bno"),  # to more numbers,
-        ((2, 5, 7), (7, 3), 1, "bni,io->bno"),  # to fewer,
-        ((2, 5, 6), (6, 2, 4), 1, "bni,ike->bnke"),  # to heads,
-        ((2, 5, 2, 4), (2, 4, 3), 2, "bnke,keo->bno"),  # from heads
-    ],
-)
-@pytest.mark.parametrize("backend", ["cpu", "gpu"])
-def test_product_and_its_gradients(x_shape, kernel_shape, in_axes, equation, dtype, backend, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    x, kernel = numbers(*x_shape, dtype=dtype), numbers(*kernel_shape, seed=1)
-    y, vjp = jax.vjp(lambda x, kernel: product(x, kernel, in_axes), x, kernel)
-    dy = numbers(*y.shape, seed=2, dtype=y.dtype)
-    dx, dkernel = vjp(dy)
-    assert (y.dtype, dx.dtype, dkernel.dtype) == (F32 if backend == "cpu" else dtype, dtype, F32)
-    rounded = [np.asarray(a.astype(dtype), np.float64) for a in (x, kernel, dy)]
-    operands, result = equation.split("->")
-    first, second = operands.split(",")
-    rounding = 1e-6 if dtype == F32 else 2**-8
-    expected = np.einsum(equation, *rounded[:2])
-    np.testing.assert_allclose(
-        np.asarray(y, np.float64), expected, atol=1e-5, rtol=1e-6 if y.dtype == F32 else rounding
-    )
-    np.testing.assert_allclose(dkernel, np.einsum(f"{first},{result}->{second}", rounded[0], rounded[2]), atol=1e-5)
-    expected = np.einsum(f"{result},{second}->{first}", rounded[2], rounded[1])
-    np.testing.assert_allclose(np.asarray(dx, np.float64), expected, atol=1e-5, rtol=rounding)
-
-
-def test_products_of_bfloat16_are_summed_in_float32():
-    x = jnp.ones((1, 4097), BF16)
-    assert product(x, jnp.ones((4097, 1)), 1).item() == 4097  # which bfloat16 does not have
-
-
-@pytest.mark.parametrize(("features", "in_axes", "fans"), [(6, 1, (8, 6)), ((3, 2), 1, (8, 6)), (6, 2, (32, 6))])
-def test_initialisers_see_the_flattened_kernel(features, in_axes, fans):
-    seen = []
-
-    def init(key, shape, dtype):
-        seen.append(shape)
-        return jnp.arange(math.prod(shape), dtype=dtype).reshape(shape)
-
-    layer = Linear(features, F32, F32, in_axes=in_axes, kernel_init=init)
-    params = layer.init(jax.random.key(0), jnp.zeros((2, 4, 8)))["params"]
-    assert seen[0] == fans
-    np.testing.assert_array_equal(params["kernel"].ravel(), np.arange(math.prod(fans)))
-    assert params["bias"].shape == ((features,) if isinstance(features, int) else features)
-
-
-def test_linear_adds_its_bias_before_rounding():
-    layer = Linear(1, BF16, F32)
-    params = {"kernel": jnp.ones((2, 1)), "bias": jnp.asarray([-256.0])}
-    x = jnp.asarray([[256.0, 1.0]], BF16)  # 257 is not in bfloat16
-    assert layer.apply({"params": params}, x).item() == 1.0
-    without = Linear(1, BF16, F32, use_bias=False)
-    assert list(without.init(jax.random.key(0), x)["params"]) == ["kernel"]
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3])

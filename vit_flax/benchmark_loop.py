@@ -25,6 +25,7 @@ from ml_collections import config_flags
 from vit_flax.cache import enable_compilation_cache
 from vit_flax.config import plain
 from vit_flax.data import Ahead
+from vit_flax.gpu_flags import set_gpu_flags
 from vit_flax.job import Job, build
 from vit_flax.log_lines import show_warnings
 from vit_flax.signals import StopSignal
@@ -160,6 +161,7 @@ def measure(config: dict[str, Any], *, windows: int, steps: int, log_every_steps
 
 def main(_: list[str]) -> None:
     """Finds the batch size, measures, prints."""
+    set_gpu_flags()
     show_warnings()
     enable_compilation_cache()
     given, config = flags.FLAGS, plain(flags.FLAGS.config)

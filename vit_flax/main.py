@@ -104,6 +104,9 @@ def _without_waiting_for_failed_saves() -> Iterator[None]:
 
 def _run(config: dict[str, Any]) -> None:
     """Sets JAX up, then starts the mode."""
+    from vit_flax.gpu_flags import set_gpu_flags
+
+    set_gpu_flags()
     import jax
 
     from vit_flax import distributed

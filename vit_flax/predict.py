@@ -33,6 +33,7 @@ from vit_flax.convert.table import PROBABILITIES
 from vit_flax.data.decode import MODES, DecodeError, open_picture
 from vit_flax.data.folder import list_pictures
 from vit_flax.data.transforms import make_transform
+from vit_flax.gpu_flags import set_gpu_flags
 from vit_flax.log_lines import show_warnings
 from vit_flax.picture_folders import SUFFIXES
 
@@ -186,6 +187,7 @@ def find_pictures(places: Sequence[str]) -> list[Path]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     arguments = _parser().parse_args(argv)
+    set_gpu_flags()
     try:
         paths = find_pictures(arguments.images)
         preprocess = None if arguments.preprocess is None else _read_preprocess(arguments.preprocess)

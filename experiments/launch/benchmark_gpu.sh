@@ -12,10 +12,10 @@ run() {
   "${PYTHON:-.venv/bin/python}" -m vit_flax.benchmark --dtype bfloat16 --rounds 5 "$@"
 }
 run --variant B/16 --batch 128 --mode train,forward --peers                                # the ratios to others
-run --variant B/16 --batch 256 --mode train --layers auto,scan,loop --remat none,dots      # the choices
+run --variant B/16 --batch 256 --mode train --layers auto,scan,12,loop --remat none,dots   # the choices
 run --variant B/16 --batch 256 --mode train,forward --attention auto,xla
 run --variant S/16 --batch 512 --mode train,forward
-run --variant L/16 --batch 128 --mode train,forward --remat none,dots
+run --variant L/16 --batch 128 --mode train,forward --layers auto,12 --remat none,dots
 XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_enable_latency_hiding_scheduler=true" run --variant B/16 --batch 256 --mode train
-XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_enable_triton_gemm=false" run --variant B/16 --batch 256 --mode train
+XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_enable_triton_gemm=true" run --variant B/16 --batch 256 --mode train,forward  # ours: false
 run --variant B/16 --mode train --find-batch

@@ -37,6 +37,7 @@ from vit_flax.benchmark.cases import (
     train_program,
 )
 from vit_flax.benchmark.peers import Peer, installed
+from vit_flax.gpu_flags import set_gpu_flags
 from vit_flax.log_lines import show_warnings
 
 _VARIANT = flags.DEFINE_list("variant", ["S/16"], "Sizes, such as S/16,B/16.")
@@ -59,6 +60,7 @@ def main(argv: list[str]) -> None:
     """Measures what the flags ask for."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    set_gpu_flags()
     show_warnings()  # JAX reports every backend that is not there at INFO
     if _PEERS.value:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peers need some of the GPU, too

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,12 @@ from vit_flax.typing import Array, Float
 
 
 def attend(
-    q: Float[Array, "b q k e"], k: Float[Array, "b s k e"], v: Float[Array, "b s k e"], *, impl: str = "auto"
+    q: Float[Array, "b q k e"],
+    k: Float[Array, "b s k e"],
+    v: Float[Array, "b s k e"],
+    *,
+    impl: str = "auto",
+    length: int | None = None,
 ) -> Float[Array, "b q k e"]:
     """Softmax attention, `softmax(q k^T / sqrt(e)) v`, with the softmax in float32.
 
@@ -21,37 +27,43 @@ def attend(
       v: values.
       impl: "xla", JAX's own; "cudnn", the fused kernel of NVIDIA's library; "cpu", see `_cpu`; or "auto": "cpu" on
         CPUs, "cudnn" where it runs, "xla" elsewhere.
+      length: how many keys count, from the first on; None for all. The rest, and queries behind it, are padding (see
+        `padding`): nothing attends to them, and their results mean nothing.
 
     Raises: ValueError: "cudnn" was asked for by name where it cannot run; the message says why.
     Source: Vaswani et al. 2017, eq. (1) (arXiv:1706.03762); `jax.nn.dot_product_attention`.
     """
-    return IMPLEMENTATIONS[impl](q, k, v)
+    return IMPLEMENTATIONS[impl](q, k, v, length)
 
 
-def _xla(q: Array, k: Array, v: Array) -> Array:
+def padding(q: Float[Array, "b n k e"] | jax.ShapeDtypeStruct, *, impl: str) -> int:
+    """How many tokens a sequence that attends to itself should have more, so that `attend` need not add them.
+
+    JAX refuses the backward pass of cuDNN's kernel for an odd number of tokens, as those with a class token are.
+    """
+    return q.shape[1] % 2 if impl in ("auto", "cudnn") and why_not_cudnn(q, q, q) is None else 0
+
+
+def _xla(q: Array, k: Array, v: Array, length: int | None) -> Array:
     with jax.numpy_dtype_promotion("standard"):  # it asks for the common type of bfloat16 and float32
-        return saved(jax.nn.dot_product_attention(q, k, v, implementation="xla"))
+        return saved(jax.nn.dot_product_attention(q, k[:, :length], v[:, :length], implementation="xla"))
 
 
-def _cudnn(q: Array, k: Array, v: Array) -> Array:
+def _cudnn(q: Array, k: Array, v: Array, length: int | None) -> Array:
     if reason := why_not_cudnn(q, k, v):
         raise ValueError(f"attention_impl='cudnn' cannot run here: {reason}. Use 'auto' or 'xla'.")
-    return saved(_fused(q, k, v))
+    return saved(_fused(q, k, v, length))
 
 
-def _fused(q: Array, k: Array, v: Array) -> Array:
-    """The kernel of cuDNN, padded to even numbers of queries and keys: with a class token they are odd.
-
-    For odd numbers JAX refuses the backward pass, as it does where there is a bias (jax 0.10 to 0.12 at least). The
-    padding is masked by the lengths.
-    """
-    queries, keys, lengths = q.shape[1], k.shape[1], {}
-    if queries % 2 or keys % 2:
+def _fused(q: Array, k: Array, v: Array, length: int | None = None) -> Array:
+    """The kernel of cuDNN, with even numbers of queries and keys (see `padding`); the lengths mask what is too many."""
+    queries, keys, lengths = q.shape[1], length or k.shape[1], {}
+    if length is not None or queries % 2 or keys % 2:
         # The lengths depend on q, so that under vmap every member has its own: JAX's batching rule needs that.
         one = q[:, 0, 0, 0] == 0
-        lengths["query_seq_lengths"] = jnp.where(one, jnp.int32(queries), jnp.int32(queries))
-        lengths["key_value_seq_lengths"] = jnp.where(one, jnp.int32(keys), jnp.int32(keys))
-        q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+        for name, number in (("query_seq_lengths", min(queries, length or queries)), ("key_value_seq_lengths", keys)):
+            lengths[name] = jnp.where(one, jnp.int32(number), jnp.int32(number))
+        q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) if x.shape[1] % 2 else x for x in (q, k, v))
     with jax.numpy_dtype_promotion("standard"):
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **lengths)[:, :queries]
 
@@ -126,21 +138,25 @@ def _batched_dot(a: Array, b: Array, contracted: int) -> Array:
     return jax.lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)
 
 
-def _auto(q: Array, k: Array, v: Array) -> Array:
+def _auto(q: Array, k: Array, v: Array, length: int | None) -> Array:
     if jax.default_backend() == "cpu":
-        return _cpu(q, k, v)
-    return _xla(q, k, v) if why_not_cudnn(q, k, v) else _cudnn(q, k, v)
+        return _of_cpu(q, k, v, length)
+    return _xla(q, k, v, length) if why_not_cudnn(q, k, v) else _cudnn(q, k, v, length)
 
 
-IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array], Array]] = {
+def _of_cpu(q: Array, k: Array, v: Array, length: int | None) -> Array:
+    return _cpu(q, k[:, :length], v[:, :length])
+
+
+IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array, int | None], Array]] = {
     "auto": _auto,
-    "cpu": _cpu,
+    "cpu": _of_cpu,
     "cudnn": _cudnn,
     "xla": _xla,
 }
 
 
-def why_not_cudnn(q: Array, k: Array, v: Array) -> str | None:
+def why_not_cudnn(q: Any, k: Any, v: Any) -> str | None:
     """The reason why cuDNN's fused attention cannot take these arrays in both directions, or None if it can.
 
     What JAX itself checks, some of it by the versions of cuDNN and GPU, is found by tracing, not by a list of ours.

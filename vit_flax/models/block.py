@@ -59,7 +59,10 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of a sequence to itself or to `context` (Vaswani et al. 2017, arXiv:1706.03762)."""
+    """Multi-head attention of a sequence to itself or to `context` (Vaswani et al. 2017, arXiv:1706.03762).
+
+    Where `length` is a number, tokens behind it are padding; `return_weights` and dropout know no padding.
+    """
 
     num_heads: int
     head_dim: int
@@ -70,6 +73,7 @@ class Attention(nn.Module):
     dropout: Callable[..., nn.Module]
     impl: str
     return_weights: bool
+    length: int | None = None
 
     @nn.compact
     def __call__(
@@ -101,7 +105,7 @@ class Attention(nn.Module):
         if self.return_weights or (drop.rate > 0 and not drop.deterministic):  # type: ignore[attr-defined]
             y, weights = attend_with_weights(q, k, v, dropout=drop)
         else:
-            y = attend(q, k, v, impl=self.impl)
+            y = attend(q, k, v, impl=self.impl, length=self.length)
         y = self.linear(x.shape[-1], in_axes=2, name="out")(y)
         return y, weights if self.return_weights else None
 

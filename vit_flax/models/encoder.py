@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from vit_flax.models.layers import SAVED
 from vit_flax.models.posemb import Rotation
@@ -34,13 +35,17 @@ REMAT: dict[str, Callable[..., Any]] = {
 
 
 class Encoder(nn.Module):
-    """The stack of blocks, scanned or looped, with or without rematerialisation: same logits, gradients and `out`."""
+    """The stack of blocks, scanned or looped, with or without rematerialisation: same logits, gradients and `out`.
+
+    `padding` tokens are behind the others while the blocks run, for the attention (see `attend.padding`).
+    """
 
     block: Callable[..., nn.Module]
     depth: int
     scan: bool
     unroll: int | None
     remat: str
+    padding: int
 
     @nn.compact
     def __call__(
@@ -62,13 +67,24 @@ class Encoder(nn.Module):
           the tokens that the pooling does not read, the last block computes keys and values; the rest is computed
           apart, and only if somebody reads it (so that in training dropout and drop-path draw new numbers for it).
         """
+        if not self.padding:
+            return self._blocks(_batch_outermost(x), drop_rates, rotation, reads)
+        length = x.shape[1]
+        x = _batch_outermost(jnp.pad(x, ((0, 0), (0, self.padding), (0, 0))))
+        rotation = jax.tree.map(lambda table: jnp.pad(table, ((0, self.padding), (0, 0))), rotation)
+        x, read, out = self._blocks(x, drop_rates, rotation, reads)
+        return x[:, :length], read[:, :length], jax.tree.map(lambda y: y[:, :, :length], out)
+
+    def _blocks(
+        self, x: Array, drop_rates: Array | None, rotation: Rotation | None, reads: int | None
+    ) -> tuple[Array, Array, dict[str, Any]]:
         remat = self.remat
         if remat == "auto":
             # On CPUs the step waits for the memory that a scan stacks, more than for what is cheap to compute again.
             remat = "dots" if self.scan and jax.default_backend() == "cpu" else "none"
-        # On an H200 a training step of B/16 spends a sixth of its time copying into and out of the stacks of a scan; in
-        # twelve unrolled blocks it does not, and they compile as fast (a program then holds up to 24).
-        unroll = self.unroll or (min(self.depth, 12) if jax.default_backend() == "gpu" else 1)
+        # On an H200 a training step of B/16 spends a sixth of its time copying into and out of the stacks of a scan;
+        # where all blocks are unrolled it does not. They take longer to compile.
+        unroll = self.unroll or (self.depth if jax.default_backend() == "gpu" else 1)
 
         # Where not all tokens are read, the last block is applied by itself. The others then look up their parameters
         # by number: to scan over stacks without the last layer would copy nearly all parameters.
@@ -121,6 +137,16 @@ class Encoder(nn.Module):
         every, out = apply(*last, None)  # for `out`; costs nothing where nobody reads it
         x, out = jax.tree.map(_with_others, (read, out_read), (every, out))
         return x, read, _joined([*outs, _one_long(out)])
+
+
+def _batch_outermost(x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    """Asks for that order in the memory of GPUs: XLA prefers the axis in front that a token was put on.
+
+    It would keep the order through all blocks, and turn the tokens for every product and back. (JAX 0.10 cannot ask
+    for it on several devices: each would get the whole batch.)
+    """
+    asks = jax.default_backend() == "gpu" and (jax.device_count() == 1 or jax.__version_info__ >= (0, 11))
+    return with_layout_constraint(x, Layout((0, 1, 2))) if asks else x
 
 
 def _one_long(out: dict[str, Array]) -> dict[str, Array]:

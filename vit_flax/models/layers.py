@@ -1,7 +1,7 @@
-"""The layers that every part of the model is made of: linear, norms, scales, drop-path, activations."""
+"""What every part of the model is made of but the linear layer: norms, scales, drop-path, activations; what is kept."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -100,84 +100,6 @@ def saved(x: Array) -> Array:
 
 
 saved.defjvp(lambda primals, tangents: (mark(*primals), *tangents))
-
-
-class Linear(nn.Module):
-    """`x @ kernel + bias` over the last `in_axes` axes of the input, to one or several output axes.
-
-    Products are accumulated, and the bias is added, in float32, whatever `dtype` is; see `product` for their results.
-    """
-
-    features: int | Sequence[int]
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
-    in_axes: int = 1
-    use_bias: bool = True
-    kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
-    bias_init: nn.initializers.Initializer = nn.initializers.zeros
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Maps `[..., *in]` to `[..., *features]`; the kernel is `[*in, *features]`."""
-        fan_in = x.shape[-self.in_axes :]
-        features = (self.features,) if isinstance(self.features, int) else tuple(self.features)
-
-        def init(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
-            flat = (math.prod(fan_in), math.prod(features))  # the fans that an initialiser has to see
-            return self.kernel_init(key, flat, dtype).reshape(shape)
-
-        kernel = self.param("kernel", init, (*fan_in, *features), self.param_dtype)
-        y: Array = product(x.astype(self.dtype), kernel, self.in_axes)  # pyright: ignore[reportAssignmentType]
-        if self.use_bias:
-            bias = self.param("bias", self.bias_init, features, self.param_dtype).astype(jnp.float32)
-            y = y.astype(jnp.float32) + jnp.expand_dims(bias, range(y.ndim - len(features)))
-        return saved(y.astype(self.dtype))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def product(x: Float[Array, "..."], kernel: Float[Array, "..."], in_axes: int) -> Float[Array, "..."]:
-    """Sums over the last `in_axes` axes of `x` and the first of the kernel, in the dtype of `x`, with float32 sums.
-
-    The result is float32 on CPUs, which take twice as long to write bfloat16; elsewhere it has the dtype of `x`, as
-    the libraries of accelerators round it while they write, and others then read half as much. The products of the
-    backward pass take their operands in the dtype of `x` too (JAX's own derivative of a product with a float32 result
-    runs in float32), and are written in the forms that XLA's CPU backend runs at its full rate. The kernel's gradient
-    keeps float32. No forward mode.
-    """
-    return _dot(x, kernel.astype(x.dtype), (range(x.ndim - in_axes, x.ndim), range(in_axes)), _result(x))
-
-
-def _result(x: Array) -> jnp.dtype:
-    return jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else x.dtype
-
-
-def _save_operands(x: Array, kernel: Array, in_axes: int) -> tuple[Array, tuple[Array, Array]]:
-    return product(x, kernel, in_axes), (keep(x), kernel)
-
-
-def _backward_products(in_axes: int, saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    x, kernel = kept(saved[0]), saved[1]
-    gradient = gradient.astype(x.dtype)
-    leading = x.ndim - in_axes
-    outputs = range(leading, gradient.ndim), range(in_axes, kernel.ndim)
-    dx = _dot(gradient, kernel.astype(x.dtype), outputs, _result(x))
-    # Turning a sum over few vectors gains nothing, and under vmap it makes XLA's CPU backend abort (jaxlib 0.10.2).
-    few = math.prod(x.shape[:leading]) < 8
-    if few or math.prod(x.shape[leading:]) <= math.prod(kernel.shape[in_axes:]):
-        dkernel = _dot(x, gradient, (range(leading), range(leading)))
-    else:
-        # XLA copies the left operand, turned: let it be the smaller one. The barrier keeps it from turning it back.
-        turned = jax.lax.optimization_barrier(_dot(gradient, x, (range(leading), range(leading))))
-        n = turned.ndim - in_axes
-        dkernel = turned.transpose(*range(n, turned.ndim), *range(n))
-    return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
-
-
-def _dot(a: Array, b: Array, contracted: tuple[Sequence[int], Sequence[int]], result: Any = jnp.float32) -> Array:
-    return jax.lax.dot_general(a, b, (contracted, ((), ())), preferred_element_type=result)
-
-
-product.defvjp(_save_operands, _backward_products)
 
 
 class LayerNorm(nn.Module):

@@ -13,14 +13,15 @@ from dataclasses import fields
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from vit_flax.models import heads, variants
-from vit_flax.models.attend import IMPLEMENTATIONS
+from vit_flax.models import attend, heads, variants
 from vit_flax.models.block import MLPS, Attention, Block
 from vit_flax.models.encoder import REMAT, Encoder
-from vit_flax.models.layers import ACTIVATIONS, LayerNorm, LayerScale, Linear
+from vit_flax.models.layers import ACTIVATIONS, LayerNorm, LayerScale
+from vit_flax.models.linear import Linear
 from vit_flax.models.patches import both_sides, patchify
 from vit_flax.models.posemb import FIXED_TABLES, ROPES, Grid, LearnedPositions
 from vit_flax.typing import Array, Float
@@ -146,7 +147,7 @@ class ViT(nn.Module):
             qkv_bias=["", "q", "k", "v", "qk", "qv", "kv", "qkv"],
             drop_path_ramp=RAMPS,
             remat=["auto", *REMAT],
-            attention_impl=IMPLEMENTATIONS,
+            attention_impl=attend.IMPLEMENTATIONS,
         )
         variants.check_dtypes(self)
         if not isinstance(self.patch_size, int):
@@ -221,6 +222,7 @@ class ViT(nn.Module):
 
         # Equations (2) and (3): the blocks.
         head_dim = self.head_dim or self.width // self.num_heads
+        padding = self._padding(x, head_dim, train)
         attention = partial(
             Attention,
             num_heads=self.num_heads,
@@ -232,6 +234,7 @@ class ViT(nn.Module):
             dropout=partial(dropout, self.attention_dropout),
             impl=self.attention_impl,
             return_weights=self.return_attention,
+            length=x.shape[1] if padding else None,
         )
         mlp = partial(
             MLPS[self.mlp],
@@ -252,9 +255,8 @@ class ViT(nn.Module):
         rate = (self.drop_path if drop_path is None else drop_path) if train else None
         rates = None if rate is None or (isinstance(rate, int | float) and rate == 0) else self._ramp() * rate
         rotation = ROPES[self.rope].angles(grid, head_dim) if self.rope else None
-        encoder = Encoder(
-            block, depth=self.depth, scan=self.scan, unroll=self.scan_unroll, remat=self.remat, name="encoder"
-        )
+        how: dict[str, Any] = dict(scan=self.scan, unroll=self.scan_unroll, remat=self.remat)
+        encoder = Encoder(block, depth=self.depth, padding=padding, **how, name="encoder")
         nn.share_scope(self, encoder)  # the blocks' parameters are `blocks/...`, not `encoder/blocks/...`
         x, read, out["blocks"] = encoder(x, rates, rotation, heads.POOLS[self.pool].reads)
 
@@ -264,7 +266,7 @@ class ViT(nn.Module):
         x = final_norm(read)
         pool = heads.POOLS[self.pool].make(
             prefix=self.num_prefix_tokens,
-            attention=partial(attention, rope=None, qk_norm=None, bias="qkv", return_weights=False),
+            attention=partial(attention, rope=None, qk_norm=None, bias="qkv", return_weights=False, length=None),
             mlp=partial(mlp, norm=None),
             norm=norm,
         )
@@ -291,6 +293,12 @@ class ViT(nn.Module):
     @property
     def _needs_grid(self) -> bool:
         return self.rope is not None or self.posemb in FIXED_TABLES
+
+    def _padding(self, x: Float[Array, "b n d"], head_dim: int, train: bool) -> int:
+        if self.return_attention or (train and self.attention_dropout > 0):
+            return 0  # the weights are in the open, and `attend` has no part in it
+        heads = jax.ShapeDtypeStruct((*x.shape[:2], self.num_heads, head_dim), x.dtype)
+        return attend.padding(heads, impl=self.attention_impl)
 
     def _ramp(self) -> Float[Array, "l"]:
         return jnp.asarray(RAMPS[self.drop_path_ramp](self.depth), jnp.float32)

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from vit_flax.config import ConfigError
 from vit_flax.console import RunConsole
+from vit_flax.gpu_flags import set_gpu_flags
 from vit_flax.signals import exit_on_signals
 from vit_flax.sweep import results, run
 from vit_flax.sweep.check import check, check_apart
@@ -33,6 +34,7 @@ from vit_flax.sweep.trials import Trials
 def main() -> int:
     """Returns the exit code."""
     exit_on_signals()
+    set_gpu_flags()
     arguments = _parser().parse_args()
     if arguments.vmap:  # before JAX starts: members share the cores of a CPU as devices; no other backend reads this
         flag = f"--xla_force_host_platform_device_count={os.cpu_count()}"

@@ -312,8 +312,10 @@ class _RunTask:
 
     def _train(self, task: Task, workdir: Path) -> str | None:
         from vit_flax.cache import enable_compilation_cache
+        from vit_flax.gpu_flags import set_gpu_flags
         from vit_flax.workdir import InUse
 
+        set_gpu_flags()
         enable_compilation_cache()
         try:
             return run_point(task.point, workdir, stop_after=task.stop_after)["status"]
