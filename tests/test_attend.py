@@ -159,9 +159,12 @@ def test_what_cudnn_can_take(gpu, monkeypatch, machine, dtype, head_dim, words, 
     assert [padding(arrays[0], impl=impl) for impl in ("auto", "cudnn", "xla")] == [tokens % 2 * (not words)] * 2 + [0]
 
 
-@pytest.mark.parametrize(("queries", "keys"), [(5, 7), (1, 7), (1, 6), (4, 6), (197, 197)])
-def test_cudnn_gets_even_numbers_of_tokens_and_the_result_is_the_same(monkeypatch, queries, keys):
-    """With the same function of JAX in its other implementation, which runs here."""
+@pytest.mark.parametrize(
+    ("queries", "keys", "length"),
+    [(5, 7, None), (1, 7, None), (1, 6, None), (4, 6, None), (197, 197, None), (6, 6, 5), (1, 6, 5)],
+)
+def test_cudnn_gets_even_numbers_of_tokens_and_the_result_is_the_same(monkeypatch, queries, keys, length):
+    """With the same function of JAX in its other implementation, which runs here; behind `length`, nothing counts."""
     seen, attention = [], jax.nn.dot_product_attention
 
     def elsewhere(q, k, v, *, implementation, **lengths):
@@ -172,8 +175,9 @@ def test_cudnn_gets_even_numbers_of_tokens_and_the_result_is_the_same(monkeypatc
     rng = np.random.default_rng(0)
     q, dy, k, v = (jnp.asarray(rng.standard_normal((B, n, K, E)), "float32") for n in (queries, queries, keys, keys))
     with jax.numpy_dtype_promotion("standard"):  # which the backward pass of this other implementation needs
-        got = value_and_gradients(module._fused, q, k, v, dy)
-    assert_near(got, by_the_equation(q, k, v, dy), 1e-5)
+        got = value_and_gradients(lambda *x: module._fused(*x, length), q, k, v, dy.at[:, length or queries :].set(0))
+    assert_near([x[:, :length] for x in got], by_the_equation(*(x[:, :length] for x in (q, k, v, dy))), 1e-5)
+    assert length is None or not any(x[:, length:].any() for x in got)  # as of cuDNN's kernels: see `attend`
     assert seen == [("cudnn", 0, 0, 0)]
 
 

@@ -28,7 +28,9 @@ def attend(
       impl: "xla", JAX's own; "cudnn", the fused kernel of NVIDIA's library; "cpu", see `_cpu`; or "auto": "cpu" on
         CPUs, "cudnn" where it runs, "xla" elsewhere.
       length: how many keys count, from the first on; None for all. The rest, and queries behind it, are padding (see
-        `padding`): nothing attends to them, and their results mean nothing.
+        `padding`): nothing attends to them. Their results mean nothing, but have to be finite, and where their results
+        get no gradient, neither do they: the layers in front sum gradients over all tokens. (cuDNN writes zeros for
+        both; JAX's own tests hold it to that.)
 
     Raises: ValueError: "cudnn" was asked for by name where it cannot run; the message says why.
     Source: Vaswani et al. 2017, eq. (1) (arXiv:1706.03762); `jax.nn.dot_product_attention`.

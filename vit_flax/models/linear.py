@@ -45,7 +45,8 @@ def affine(
     """Sums over the last `in_axes` axes of `x` and the first of the kernel, plus a bias, in the dtype of `x`.
 
     Whatever that dtype is, products are accumulated in float32 and the bias is added in float32; on GPUs the bias is
-    first rounded to the dtype of `x`, as their library takes it. Gradients of parameters keep float32.
+    first rounded to the dtype of `x`, as their library takes it, and where XLA does not hand it to the library, it is
+    added to the rounded product. Gradients of parameters keep float32.
     """
     if jax.default_backend() == "gpu":
         return _affine_of_rows(x, kernel, bias, in_axes)

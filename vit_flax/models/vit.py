@@ -73,8 +73,8 @@ class ViT(nn.Module):
       head_bias_init: -log(num_classes) or lower starts a sigmoid loss calm.
       head_zero_init: zeros for the head's kernel (the published recipes), or a truncated normal of 0.02.
       scan: one compiled block for all layers (parameters stacked `[l, ...]` under `blocks`), or a Python loop
-        (`block_0`, `block_1`, ...). Compile time does not grow with the depth under scan.
-      scan_unroll: blocks per turn of the scan; None: see `Encoder`.
+        (`block_0`, `block_1`, ...). Compile time does not grow with the depth where the scan is not unrolled.
+      scan_unroll: blocks per turn of the scan; None: all of them on GPUs, else 1.
       remat: what the backward pass recomputes: a key of `REMAT`, or "auto", see `Encoder`.
       attention_impl: a key of `attend.IMPLEMENTATIONS`.
       return_attention: adds the attention weights to `out` (they are computed the slow way then).
