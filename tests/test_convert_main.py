@@ -123,8 +123,8 @@ def test_time_and_memory_are_measured(capsys, monkeypatch):
         ([EXACT_GELU, "OUT", "--to", "hf:dinov3_vit"], "no place for posemb/table\nNothing was written"),
         ([str(CHECKPOINT), "OUT", "--to", "npz", "--family", "x"], "Unknown family 'x'"),
         (
-            ["--describe", str(CHECKPOINT), "--num_classes", "0", "--ignore", "a"],
-            "changes nothing: leave --num_classes, --ignore out",
+            ["--describe", str(CHECKPOINT), "--num_classes", "0", "--fields", "{}", "--ignore", "a"],
+            "changes nothing: leave --num_classes, --fields, --ignore out",
         ),
         (["--describe", "hf://a/b", "--time"], "hf://a/b is an address or a run"),
     ],

@@ -177,6 +177,7 @@ def test_a_base_of_plain_dicts(tmp_path):
         (SWEEP, ["--vmap", "--max_members", "-1"], "--max_members=-1: expected 1 or more"),
         (SWEEP, ["--vmap", "--jobs", "2"], "not with --jobs, --launcher or --point"),
         (SWEEP, ["--vmap", "--point", "0"], "not with --jobs, --launcher or --point"),
+        (SWEEP, ["--vmap", "--launcher", "slurm"], "not with --jobs, --launcher or --point"),
         (SWEEP, ["--max_members", "2"], "--max_members is for --vmap"),
         (SWEEP, ["--halving_factor", "1"], "--halving_factor=1"),
         (SWEEP, ["--min_steps", "40"], "--min_steps is for --search halving"),
@@ -197,6 +198,13 @@ def test_bad_command_lines(tmp_path, monkeypatch, capsys, content, flags, messag
     assert command(monkeypatch, arguments) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_is_asked_for_before_the_points_are_built(tmp_path, monkeypatch, capsys):
+    (tmp_path / "sweep.py").write_text(BASE + METRICS + SWEEP)
+    monkeypatch.setattr(__main__, "check_apart", lambda *_: pytest.fail("The points are built."))
+    assert command(monkeypatch, ["--sweep", str(tmp_path / "sweep.py")]) == 2
+    assert "--workdir is needed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", ["[1]", "gpus_per_node=1"])
