@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 _SCRATCH = ".preparing-"
-# A younger scratch folder may not be locked yet, or another machine's: some shared file systems keep locks to a machine.
+# A younger scratch folder may not be locked yet, or be another machine's, whose locks not all file systems show.
 _LEFT_SECS = 3600.0
 
 
