@@ -270,6 +270,25 @@ def test_a_point_that_is_done_stays_as_it_is(tmp_path, monkeypatch):
     assert command(monkeypatch, flags) == 0
 
 
+def test_a_result_that_is_damaged_is_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "sweep.py").write_text(f"BASE = {str(ROOT / 'tests' / 'configs' / 'tiny.py')!r}\n" + METRICS + SWEEP)
+    points = load_sweep(tmp_path / "sweep.py").points
+    done(tmp_path / "run", points)
+    (run.point_workdir(tmp_path / "run", points[0]) / "result.json").write_text("")
+    flags = ["--sweep", str(tmp_path / "sweep.py"), "--workdir", str(tmp_path / "run"), "--point", "0"]
+    assert command(monkeypatch, flags) == 2
+    assert "result.json is damaged" in capsys.readouterr().err
+
+
+def test_a_sweep_whose_output_nobody_reads_any_more_goes_on(tmp_path, monkeypatch):
+    (tmp_path / "sweep.py").write_text(BASE + METRICS + SWEEP)
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as file:
+        monkeypatch.setattr("sys.stdout", file)
+        assert command(monkeypatch, ["--sweep", str(tmp_path / "sweep.py"), "--dry_run"]) == 0
+
+
 def test_folders_of_points_that_the_file_has_no_more_are_named(tmp_path, monkeypatch, capsys):
     """Another key that varies gives all points other names."""
     monkeypatch.setattr(run, "run", lambda *_, say, **__: say("[1/1] [a] done"))
