@@ -353,6 +353,8 @@ def test_the_page_names_the_sweep_and_puts_whole_numbers_and_others_in_order(tmp
         assert f"<h1>{name}</h1>" in page
         assert "<h2>Question</h2>" not in page  # the file has no docstring
         assert "<th>0</th><th>0.25</th><th>0.5</th><th>1</th>" in page
+        axes = page[page.index("parallel coordinates") :]
+        assert re.findall(r'tick halo"[^>]*>([^<]*)<', axes)[2:6] == ["0", "0.25", "0.5", "1"]
 
 
 @pytest.mark.parametrize("seeds", [(0,), (0, 1)])
