@@ -1,5 +1,7 @@
 """`python -m vit_flax.convert` as a user meets it."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +62,28 @@ def test_the_weights_of_one_activation_are_written_for_another(tmp_path):
     before, after = load_pretrained(EXACT_GELU), load_pretrained(tmp_path / "out.npz")
     assert (after.model.activation, after.model.norm_eps) == ("gelu_tanh", 1e-6)
     np.testing.assert_array_equal(after.params["head"]["kernel"], before.params["head"]["kernel"])
+
+
+@pytest.mark.parametrize(
+    ("problem", "described", "lost"),
+    [
+        ("regression", "they are numbers, as of a regression", "that the outputs are numbers and no classes"),
+        (
+            "multi_label_classification",
+            "each has a probability of its own",
+            "that the probabilities of the classes are the sigmoid of the logits",
+        ),
+    ],
+)
+def test_what_the_outputs_are_is_said(problem, described, lost, tmp_path, capsys):
+    shutil.copytree(EXACT_GELU, tmp_path / "in")
+    config = tmp_path / "in" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"problem_type": problem}))
+    assert command.main(["--describe", str(tmp_path / "in")]) == 0
+    assert f"; {described}\n" in capsys.readouterr().out
+    fields = """{"activation": "gelu_tanh", "norm_eps": 1e-6}"""
+    assert command.main([str(tmp_path / "in"), str(tmp_path / "out.npz"), "--to", "npz", "--fields", fields]) == 0
+    assert f"  not kept       {lost}\n" in capsys.readouterr().out
 
 
 def test_description_says_what_the_file_is(capsys):
@@ -123,8 +147,8 @@ def test_time_and_memory_are_measured(capsys, monkeypatch):
         ([EXACT_GELU, "OUT", "--to", "hf:dinov3_vit"], "no place for posemb/table\nNothing was written"),
         ([str(CHECKPOINT), "OUT", "--to", "npz", "--family", "x"], "Unknown family 'x'"),
         (
-            ["--describe", str(CHECKPOINT), "--num_classes", "0", "--ignore", "a"],
-            "changes nothing: leave --num_classes, --ignore out",
+            ["--describe", str(CHECKPOINT), "--num_classes", "0", "--fields", "{}", "--ignore", "a"],
+            "changes nothing: leave --num_classes, --fields, --ignore out",
         ),
         (["--describe", "hf://a/b", "--time"], "hf://a/b is an address or a run"),
     ],

@@ -51,7 +51,7 @@ def test_two_processes_prepare_at_once(tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
-    old = time.time() - 60
+    old = time.time() - 7200
     for name in (".preparing-left", ".preparing-held"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "train.array_record").write_bytes(b"half")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_flax.data.folder import Folder
+from vit_flax.data.folder import Folder, list_pictures
 from vit_flax.data.sources import Source, make_source
 from vit_flax.picture_folders import class_folders, held_out_split
 
@@ -91,6 +91,12 @@ def test_a_picture_beside_the_class_folders_makes_no_classes_of_the_splits(tmp_p
     source = Folder(root=tmp_path, split="train")
     assert (source.class_names, len(source), class_folders(tmp_path)) == (("cat", "dog"), 6, ["cat", "dog"])
     assert caplog.text.rstrip().endswith(": stray.jpg")
+
+
+def test_pictures_in_the_root_itself_have_plain_names(tmp_path):
+    fill(tmp_path, ["cat"], 1)
+    (tmp_path / "top.jpg").write_bytes(jpeg())
+    assert list_pictures(tmp_path, tmp_path, []) == ["cat/0.jpg", "top.jpg"]
 
 
 def test_two_splits_of_one_name_are_refused(tmp_path):

@@ -177,6 +177,7 @@ def test_a_base_of_plain_dicts(tmp_path):
         (SWEEP, ["--vmap", "--max_members", "-1"], "--max_members=-1: expected 1 or more"),
         (SWEEP, ["--vmap", "--jobs", "2"], "not with --jobs, --launcher or --point"),
         (SWEEP, ["--vmap", "--point", "0"], "not with --jobs, --launcher or --point"),
+        (SWEEP, ["--vmap", "--launcher", "slurm"], "not with --jobs, --launcher or --point"),
         (SWEEP, ["--max_members", "2"], "--max_members is for --vmap"),
         (SWEEP, ["--halving_factor", "1"], "--halving_factor=1"),
         (SWEEP, ["--min_steps", "40"], "--min_steps is for --search halving"),
@@ -197,6 +198,13 @@ def test_bad_command_lines(tmp_path, monkeypatch, capsys, content, flags, messag
     assert command(monkeypatch, arguments) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_is_asked_for_before_the_points_are_built(tmp_path, monkeypatch, capsys):
+    (tmp_path / "sweep.py").write_text(BASE + METRICS + SWEEP)
+    monkeypatch.setattr(__main__, "check_apart", lambda *_: pytest.fail("The points are built."))
+    assert command(monkeypatch, ["--sweep", str(tmp_path / "sweep.py")]) == 2
+    assert "--workdir is needed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", ["[1]", "gpus_per_node=1"])
@@ -260,6 +268,25 @@ def test_a_point_that_is_done_stays_as_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "run_point", lambda *_: pytest.fail("trained again"))
     flags = ["--sweep", str(tmp_path / "sweep.py"), "--workdir", str(tmp_path / "run"), "--point", "0"]
     assert command(monkeypatch, flags) == 0
+
+
+def test_a_result_that_is_damaged_is_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "sweep.py").write_text(f"BASE = {str(ROOT / 'tests' / 'configs' / 'tiny.py')!r}\n" + METRICS + SWEEP)
+    points = load_sweep(tmp_path / "sweep.py").points
+    done(tmp_path / "run", points)
+    (run.point_workdir(tmp_path / "run", points[0]) / "result.json").write_text("")
+    flags = ["--sweep", str(tmp_path / "sweep.py"), "--workdir", str(tmp_path / "run"), "--point", "0"]
+    assert command(monkeypatch, flags) == 2
+    assert "result.json is damaged" in capsys.readouterr().err
+
+
+def test_a_sweep_whose_output_nobody_reads_any_more_goes_on(tmp_path, monkeypatch):
+    (tmp_path / "sweep.py").write_text(BASE + METRICS + SWEEP)
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as file:
+        monkeypatch.setattr("sys.stdout", file)
+        assert command(monkeypatch, ["--sweep", str(tmp_path / "sweep.py"), "--dry_run"]) == 0
 
 
 def test_folders_of_points_that_the_file_has_no_more_are_named(tmp_path, monkeypatch, capsys):
@@ -326,6 +353,8 @@ def test_the_page_names_the_sweep_and_puts_whole_numbers_and_others_in_order(tmp
         assert f"<h1>{name}</h1>" in page
         assert "<h2>Question</h2>" not in page  # the file has no docstring
         assert "<th>0</th><th>0.25</th><th>0.5</th><th>1</th>" in page
+        axes = page[page.index("parallel coordinates") :]
+        assert re.findall(r'tick halo"[^>]*>([^<]*)<', axes)[2:6] == ["0", "0.25", "0.5", "1"]
 
 
 @pytest.mark.parametrize("seeds", [(0,), (0, 1)])

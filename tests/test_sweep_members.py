@@ -9,10 +9,12 @@ import pytest
 
 from tests.helpers import csv_rows, metrics_lines, tiny_config
 from vit_flax import job as job_module
+from vit_flax import train_log
 from vit_flax.checkpoint import Checkpoints
 from vit_flax.checkpoint_record import read_record
 from vit_flax.config import ConfigError
 from vit_flax.evals.classification import Classification
+from vit_flax.report import whole_lines
 from vit_flax.signals import EXIT_PREEMPTED
 from vit_flax.sweep.members import explain_single, group, program_of, train_members
 from vit_flax.sweep.points import expand
@@ -58,6 +60,8 @@ def test_a_member_gets_what_it_gets_alone(trained, i, tmp_path):
     points, workdir = trained
     state, results = train(points[i].config, tmp_path)
     folder = point_workdir(workdir, points[i])
+    assert {path.name for path in folder.iterdir()} - {"result.json"} == {path.name for path in tmp_path.iterdir()}
+    assert (folder / "tensorboard" / "hparams").is_dir()
     again, same = train(points[i].config, folder)  # done already: restores what the group has left
     assert int(again.step) == STEPS
     for (path, ours), alone in zip(
@@ -241,6 +245,34 @@ def test_evaluations_and_checkpoints_by_the_clock(tmp_path):
     train_members(points, tmp_path, say=lambda line: None)
     for point in points:
         assert [row["step"] for row in csv_rows(point_workdir(tmp_path, point), "test")] == ["1", "2", "3", "4"]
+
+
+def test_no_evaluation_counts_in_the_throughput_of_any_member(tmp_path, monkeypatch):
+    """A batch takes a second, an evaluation 100."""
+    now = [0.0]
+    batches, evaluate = job_module.Job.host_batches, Classification.run
+
+    def slow_batches(self, start_step):
+        for batch in batches(self, start_step):
+            now[0] += 1.0
+            yield batch
+
+    def slow_evaluation(self, state):
+        now[0] += 100.0
+        return evaluate(self, state)
+
+    monkeypatch.setattr(job_module.Job, "host_batches", slow_batches)
+    monkeypatch.setattr(Classification, "run", slow_evaluation)
+    monkeypatch.setattr(train_log.time, "perf_counter", lambda: now[0])
+    config = base()
+    with config.unlocked():
+        config.run.total_steps, config.run.log_every_steps, config.evals.test.every_steps = 9, 3, 2
+    points = expand(config, SWEPT[:2], where="test")
+    train_members(points, tmp_path, say=lambda line: None)
+    for point in points:
+        lines = whole_lines(point_workdir(tmp_path, point) / "metrics.jsonl")
+        rates = [line["train/images_per_sec"] / 64 for line in lines if "train/loss" in line]
+        assert rates == [1.5, 1.0, 1.0]  # the clock starts after the first step, which is compiled
 
 
 def test_a_member_that_is_running_by_itself_is_left_alone(short, tmp_path):

@@ -66,6 +66,10 @@ def jpeg(pixels) -> bytes:
         ([{"op": "flip", "prob": 50.0}], "prob=50.0 must lie in 0..1"),
         ([{"op": "three_augment", "color_jitter": -1.0}], "amounts must be 0 or more"),
         ([{"op": "inception_crop", "size_px": 3, "area": 0.5}], r"operation 1 'inception_crop' .*type.*area=\(0.08, 1"),
+        (
+            [{"op": "inception_crop", "size_px": 3, "area": ()}],
+            r"operation 1 'inception_crop' has an argument of the wrong",
+        ),
         ([{"op": "flip", "prob": "half"}], "operation 1 'flip' has an argument of the wrong type .*found.*half"),
         (["flip"], r"operation 1 is 'flip': write it as dict\(op=NAME\)"),
     ],

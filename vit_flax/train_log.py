@@ -63,14 +63,18 @@ class TrainLog:
     def __call__(self, step: int, metrics: Mapping[str, ArrayLike], waited_secs: float) -> None:
         """Takes the metrics of a step (on the device, or fetched) and the time its batch was waited for."""
         self.flush()
-        if self._since is None:  # the first step has been dispatched: nothing is compiled from here on
-            self._since = self._began = time.perf_counter()
-        else:
+        if self._since is not None:
             self._waited_secs += waited_secs
+        self.begin()
         self._fetch_later.append(metrics)
         self._timed += 1
         if step % self._every == 0 or step == self._total:
             self._due = step
+
+    def begin(self) -> None:
+        """Starts the clock, once: the first step has been dispatched, and nothing is compiled from here on."""
+        if self._since is None:
+            self._since = self._began = time.perf_counter()
 
     def flush(self) -> None:
         """Fetches and writes an interval that is complete."""

@@ -30,11 +30,13 @@ def regex(text: str) -> str:
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """Names and values, as {"norm_eps": 1e-6}; lists become tuples."""
+    """Names and values, as {"norm_eps": 1e-6}."""
     try:
-        values = {name: tuple(v) if isinstance(v, list) else v for name, v in json.loads(text).items()}
-    except (ValueError, AttributeError) as error:
-        raise argparse.ArgumentTypeError(f"""expected JSON such as {{"norm_eps": 1e-6}}, found {text!r}""") from error
+        values = json.loads(text)
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise argparse.ArgumentTypeError(f"""expected JSON such as {{"norm_eps": 1e-6}}, found {text!r}""")
     return values
 
 

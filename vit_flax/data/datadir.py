@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 _SCRATCH = ".preparing-"
-_LEFT_SECS = 5.0  # a scratch folder that is younger may not be locked yet
+# A younger scratch folder may not be locked yet, or be another machine's, whose locks not all file systems show.
+_LEFT_SECS = 3600.0
 
 
 def data_dir_or_default(data_dir: str | os.PathLike[str] | None) -> Path:

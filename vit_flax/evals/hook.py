@@ -38,7 +38,7 @@ class EvaluationHook:
       evaluation: to run.
       weights: `(opt_state, params) -> params` to evaluate.
       writer: receives figures and pictures; the details go to `evals/<name>.json` in its workdir, for the report.
-      log: whose throughput is not to count the time that this takes; None outside training.
+      log: whose throughput is not to count the time that this takes; None: the caller sees to that, or nothing trains.
       results: receives the figures.
       class_names: of the split.
       example_id: row number -> the name of that example.

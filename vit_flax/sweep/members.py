@@ -27,6 +27,7 @@ from vit_flax.checkpoint import Checkpoints, Restored
 from vit_flax.config import HPARAMS, ConfigError, flatten
 from vit_flax.hooks import Every
 from vit_flax.job import Job, build
+from vit_flax.report import write_report
 from vit_flax.signals import EXIT_PREEMPTED, Interrupted, StopSignal
 from vit_flax.step import TrainState
 from vit_flax.sweep.points import Point
@@ -129,6 +130,11 @@ class _Member:
     hooks: Mapping[str, Every]
     diverged: str | None
 
+    @property
+    def results(self) -> dict[str, float]:
+        """The latest metrics."""
+        return {**{f"train/{name}": value for name, value in self.log.last.items()}, **self.latest}
+
 
 class _Run:
     """The training loop of a group."""
@@ -191,6 +197,8 @@ class _Run:
             while self.step < self._total and not self._stop.received:
                 states, metrics = step_fn(states, next(batches))
                 self.step += 1
+                for member in members:
+                    member.log.begin()
                 interval.append(metrics)
                 due = self._due(members)
                 if due or self.step % self._log_every == 0 or self.step == self._total:
@@ -251,7 +259,7 @@ class _Run:
             folders.claim(folder, job.config, given=job.given)
             writer = writers.enter_context(job.writer(folder, start_step=self.step, quiet=True))
             log, found = job.train_log(writer, before["interval"], before["last"]), before["found"]
-            hooks = job.evaluation_hooks(evaluations, writer, log, found)
+            hooks = job.evaluation_hooks(evaluations, writer, None, found)
             members.append(_Member(point, job, folder, writer, log, found, before["latest"], hooks, before["diverged"]))
         return members
 
@@ -267,6 +275,7 @@ class _Run:
                     if in_a_row >= member.job.run.max_skipped_steps:
                         member.diverged = f"{in_a_row} steps in a row, up to step {self.step - back}, were not finite"
                         self._say(f"{member.point.name} diverged: {member.diverged}; the others go on.")
+            member.log.flush()  # the numbers are here: its time is that of these steps
         losses = [float(np.mean([m["loss"][i] for m in fetched])) for i, m in enumerate(members)] if fetched else []
         finite = [loss for loss in losses if math.isfinite(loss)]
         if self.step % self._log_every == 0 and finite:
@@ -280,6 +289,7 @@ class _Run:
 
     def _evaluate(self, members: Sequence[_Member], states: TrainState, due: Sequence[str]) -> None:
         self._evaluated = False
+        since = time.perf_counter()
         states = jax.device_put(states, self._everywhere) if self._mesh.size > 1 else states
         for i, member in enumerate(members):
             if member.diverged is None:
@@ -287,6 +297,8 @@ class _Run:
                 for name in due:
                     member.hooks[name].now(self.step, state)
                 member.latest.update(member.found)
+        for member in members:  # each waits for the evaluations of all
+            member.log.exclude(time.perf_counter() - since)
         self._evaluated = True
 
     def _progress(self, member: _Member) -> dict[str, Any]:
@@ -299,7 +311,7 @@ class _Run:
         }
 
     def _finish(self, members: Sequence[_Member], states: TrainState, secs: float) -> None:
-        """Gives every member its last checkpoint, as its solo run would have written it, then its result.
+        """Gives every member what its solo run would have written at its end, then its result.
 
         The results come last: members that have one are no longer of this group when the sweep is started again.
         """
@@ -317,9 +329,10 @@ class _Run:
                     metrics=member.found,
                     progress=progress,
                 )
+            member.writer.finish(member.results)
+            write_report(member.folder)
         for member in members:
-            train = {f"train/{name}": value for name, value in member.log.last.items()}
-            entries: dict[str, Any] = dict(status="done", step=self.step, metrics=train | member.latest)
+            entries: dict[str, Any] = dict(status="done", step=self.step, metrics=member.results)
             if member.diverged is not None:
                 entries = dict(status="failed", error=f"Diverged: {member.diverged}")
             write_result(member.folder, member.point, **entries, secs=secs)

@@ -168,7 +168,7 @@ def _failures(rows: Sequence[Row]) -> str:
 
 def _in_order(values: Iterable[Any]) -> list[Any]:
     """Each once: numbers by their size, then all else by its kind."""
-    is_number = {v: isinstance(v, int | float) and not isinstance(v, bool) for v in values}
+    is_number = {v: isinstance(v, int | float) for v in values}
     return sorted(is_number, key=lambda v: ("" if is_number[v] else str(type(v)), v))
 
 

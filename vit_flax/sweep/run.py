@@ -209,9 +209,12 @@ def _differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
-    """The result of a point that has ended, well or not; None before that."""
+    """The result of a point that has ended, well or not; None before that. Raises ValueError: it is damaged."""
     path = folder / RESULT
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it, and the same command writes it again.") from None
 
 
 def write_result(folder: Path, point: Point, **entries: Any) -> dict[str, Any]:
