@@ -99,8 +99,15 @@ def _kind(lines: list[Line]) -> str:
 
 
 def _traffic(line: Line, fused: list[Line], shapes: dict[str, str]) -> int:
-    """Bytes of the results and operands; of an operand that a fusion only cuts from, those of the cuts."""
+    """Bytes of the results and operands; of an operand that a fusion only cuts from, those of the cuts.
+
+    Of an array that is updated in place, those of the part.
+    """
     total = _bytes(line.shape) + sum(_bytes(shapes[name]) for name in set(line.operands))
+    if fused and fused[-1].op == "dynamic-update-slice":
+        inside = {inner.name: inner.shape for inner in fused}
+        array, part = (_bytes(inside[name]) for name in fused[-1].operands[:2])
+        return total + 2 * (part - array)
     for parameter in (inner for inner in fused if inner.op == "parameter"):
         users = [inner for inner in fused if parameter.name in inner.operands]
         if users and all(user.op in SLICES for user in users):

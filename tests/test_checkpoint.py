@@ -324,10 +324,10 @@ def test_every_other_shape_and_dtype_is_named(own_three):
         restored(own_three, other)
     rows = [line.strip() for line in str(error.value).splitlines() if line.startswith("  ")]
     assert rows == [
-        "opt_state/0/mu: checkpoint [[64, 32], 'float32'], now 'absent'",
+        "opt_state/0/mu: checkpoint [[64, 32], 'float32'], now absent",
         "params/half: checkpoint [[5], 'bfloat16'], now [[5], 'float32']",
         "params/kernel: checkpoint [[64, 32], 'float32'], now [[64, 31], 'float32']",
-        "params/new: checkpoint 'absent', now [[1], 'float32']",
+        "params/new: checkpoint absent, now [[1], 'float32']",
     ]
 
 

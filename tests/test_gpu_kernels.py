@@ -23,6 +23,13 @@ PROGRAM = """HloModule jit_f, entry_computation_layout={()->f32[]}
   ROOT %b = f32[8]{0} bitcast(%r)
 }
 
+%put (old: f32[12,8], new: f32[1,8]) -> f32[12,8] {
+  %old = f32[12,8]{1,0} parameter(0)
+  %new = f32[1,8]{1,0} parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %put.1 = f32[12,8]{1,0} dynamic-update-slice(%old, %new, %zero, %zero)
+}
+
 %turn (s: (f32[4,8])) -> (f32[4,8]) {
   %s = (f32[4,8]{1,0}) parameter(0)
   %x = f32[4,8]{1,0} get-tuple-element(%s), index=0
@@ -36,11 +43,14 @@ ENTRY %main (x: bf16[4,8], k: bf16[8,8], b: bf16[8], stack: bf16[12,8,8], f: f32
   %b = bf16[8]{0} parameter(2)
   %stack.1 = bf16[12,8,8]{2,1,0} parameter(3)
   %f = f32[4,8]{1,0} parameter(4)
+  %stack.2 = f32[12,8]{1,0} parameter(5)
+  %f.1 = f32[1,8]{1,0} parameter(6)
   %dot.1 = (bf16[4,8]{1,0}, s8[4194304]{0}) custom-call(%x, %k, %b), custom_call_target="__cublas$lt$matmul"
   %of_layer = bf16[4,8]{1,0} fusion(%x, %stack.1), kind=kCustom, calls=%cut
   %att = bf16[4,8]{1,0} custom-call(%x, %x, %x), custom_call_target="__cudnn$fmhaSoftmax"
   %init = (f32[4,8]{1,0}) tuple(%f)
   %loop = (f32[4,8]{1,0}) while(%init), condition=%c, body=%turn, backend_config={"known_trip_count":{"n":"3"}}
+  %stacked = f32[12,8]{1,0} fusion(%stack.2, %f.1), kind=kLoop, calls=%put
   ROOT %fusion.7 = f32[8]{0} fusion(%f), kind=kLoop, calls=%row, metadata={op_name="jit(f)/norm"}
 }
 """
@@ -54,5 +64,6 @@ def test_kinds_bytes_and_turns():
         ("product", "of_layer bf16[4,8]", x + kernel + x, 1),
         ("attention", "att bf16[4,8]", x + x, 1),
         ("other", "c f32[4,8] jit(f)/while/body/copy", 2 * 4 * 8 * 4, 3),
+        ("other", "stacked f32[12,8]", 3 * 8 * 4, 1),
         ("other", "fusion f32[8] jit(f)/norm", 8 * 4 + 8 * 4, 1),
     ]

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -28,9 +29,8 @@ def attend(
       impl: "xla", JAX's own; "cudnn", the fused kernel of NVIDIA's library; "cpu", see `_cpu`; or "auto": "cpu" on
         CPUs, "cudnn" where it runs, "xla" elsewhere.
       length: how many keys count, from the first on; None for all. The rest, and queries behind it, are padding (see
-        `padding`): nothing attends to them. Their results mean nothing, but have to be finite, and where their results
-        get no gradient, neither do they: the layers in front sum gradients over all tokens. (cuDNN writes zeros for
-        both; JAX's own tests hold it to that.)
+        `padding`): nothing attends to them. Their results mean nothing, but are finite; where these get no gradient,
+        neither do they, since the layers in front sum gradients over all tokens.
 
     Raises: ValueError: "cudnn" was asked for by name where it cannot run; the message says why.
     Source: Vaswani et al. 2017, eq. (1) (arXiv:1706.03762); `jax.nn.dot_product_attention`.
@@ -58,16 +58,35 @@ def _cudnn(q: Array, k: Array, v: Array, length: int | None) -> Array:
 
 
 def _fused(q: Array, k: Array, v: Array, length: int | None = None) -> Array:
-    """The kernel of cuDNN, with even numbers of queries and keys (see `padding`); the lengths mask what is too many."""
+    """The kernel of cuDNN, with even numbers of queries and keys (see `padding`); a length masks the keys behind it.
+
+    Queries that are padding attend like others: their results are finite, and what nobody reads has no gradient.
+    """
     queries, keys, lengths = q.shape[1], length or k.shape[1], {}
-    if length is not None or queries % 2 or keys % 2:
+    if length is not None:
+        k, v = _without_gradient_behind(k, length), _without_gradient_behind(v, length)
+    q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) if x.shape[1] % 2 else x for x in (q, k, v))
+    if keys < k.shape[1]:
         # The lengths depend on q, so that under vmap every member has its own: JAX's batching rule needs that.
         one = q[:, 0, 0, 0] == 0
-        for name, number in (("query_seq_lengths", min(queries, length or queries)), ("key_value_seq_lengths", keys)):
+        for name, number in (("query_seq_lengths", q.shape[1]), ("key_value_seq_lengths", keys)):
             lengths[name] = jnp.where(one, jnp.int32(number), jnp.int32(number))
-        q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) if x.shape[1] % 2 else x for x in (q, k, v))
     with jax.numpy_dtype_promotion("standard"):
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **lengths)[:, :queries]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _without_gradient_behind(x: Float[Array, "b n k e"], length: int) -> Float[Array, "b n k e"]:
+    """The array itself. What cuDNN writes into the gradients of keys that it masks, its documentation does not say."""
+    return x
+
+
+def _zero_behind(length: int, _: None, gradient: Array) -> tuple[Array]:
+    zeros = jnp.zeros_like(gradient[:, length:])
+    return (jax.lax.dynamic_update_slice_in_dim(gradient, zeros, length, axis=1),)  # in place
+
+
+_without_gradient_behind.defvjp(lambda x, length: (x, None), _zero_behind)
 
 
 @jax.custom_vjp
