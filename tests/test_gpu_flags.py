@@ -1,7 +1,9 @@
 """What XLA is told on NVIDIA GPUs, and nowhere else."""
 
+import ast
 import importlib.util
 import os
+from pathlib import Path
 
 import jax
 import pytest
@@ -37,3 +39,15 @@ def test_xla_knows_the_flags(name):
     assert jax.jit(lambda: 1, compiler_options=options)() == 1
     with pytest.raises(Exception, match="No such compile option"):
         jax.jit(lambda: 2, compiler_options={f"{name}_not": True})()
+
+
+# Those that compute with JAX; `reliability` starts the launcher.
+COMMANDS = ("main", "predict", "sweep/__main__", "sweep/run", "benchmark/__main__", "benchmark_loop")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_sets_them(command):
+    """By reading: what a command does to the environment of a process cannot be seen after it."""
+    path = Path(__file__).parent.parent / "vit_flax" / f"{command}.py"
+    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    assert any(isinstance(call.func, ast.Name) and call.func.id == "set_gpu_flags" for call in calls)
