@@ -106,6 +106,25 @@ def test_tokens_added_for_the_attention_change_nothing(fields, impl, monkeypatch
     assert_close(padded, plain, tol=2e-4)
 
 
+@pytest.mark.parametrize(
+    ("backend", "devices", "version", "asks"),
+    [
+        ("gpu", 1, (0, 10, 2), True),
+        ("gpu", 8, (0, 11, 0), True),
+        ("gpu", 8, (0, 10, 2), False),  # it would gather the whole batch on each
+        ("cpu", 1, (0, 12, 0), False),
+    ],
+)
+def test_the_order_of_tokens_in_memory_is_asked_for(backend, devices, version, asks, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    monkeypatch.setattr(jax, "__version_info__", version)
+    model = tiny(attention_impl="xla")
+    jaxpr = jax.make_jaxpr(forward(model))(random_params(model), images())
+    constraints = [eqn for eqn in all_equations(jaxpr) if eqn.primitive.name == "layout_constraint"]
+    assert [eqn.params["layout"].major_to_minor for eqn in constraints] == [(0, 1, 2)] * asks
+
+
 @pytest.mark.parametrize("fields", [dict(return_attention=True), dict(attention_dropout=0.1)])
 def test_attention_in_the_open_gets_no_added_token(fields, monkeypatch):
     model = tiny(**fields)

@@ -255,8 +255,7 @@ class ViT(nn.Module):
         rate = (self.drop_path if drop_path is None else drop_path) if train else None
         rates = None if rate is None or (isinstance(rate, int | float) and rate == 0) else self._ramp() * rate
         rotation = ROPES[self.rope].angles(grid, head_dim) if self.rope else None
-        how: dict[str, Any] = dict(scan=self.scan, unroll=self.scan_unroll, remat=self.remat)
-        encoder = Encoder(block, depth=self.depth, padding=padding, **how, name="encoder")
+        encoder = Encoder(block, self.depth, self.scan, self.scan_unroll, self.remat, padding, name="encoder")
         nn.share_scope(self, encoder)  # the blocks' parameters are `blocks/...`, not `encoder/blocks/...`
         x, read, out["blocks"] = encoder(x, rates, rotation, heads.POOLS[self.pool].reads)
 
