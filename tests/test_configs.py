@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import vit_from_scratch_512
+from configs import imagenet_s16, vit_from_scratch_512
 from tests.helpers import shrink, tiny_config
+from vit_flax.config import in_steps
 from vit_flax.job import build
 from vit_flax.models import ViT, make_model
 from vit_flax.trainer import train
@@ -57,6 +58,28 @@ def test_design_cuts_a_picture_into_256_patches_of_3072_numbers():
     abstract = jax.eval_shape(job.init)
     assert abstract.params["posemb"]["table"].shape == (1, 256, 768)
     assert abstract.params["patch_embed"]["kernel"].shape == (3072, 768)
+
+
+def test_published_recipe_has_the_published_numbers():
+    config = imagenet_s16.get_config("tfds").to_dict()
+    steps_per_epoch = imagenet_s16.IMAGES / config["data"]["batch_size"]
+    assert in_steps("run", config["run"], steps_per_epoch)["total_steps"] == 111_477
+    assert in_steps("optim", config["optim"], steps_per_epoch)["warmup_steps"] == 10_000
+    model = make_model(**config["model"])
+    images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    params = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), images)["params"]
+    published = 21_974_632  # with a linear head; arXiv:2205.01580 compares both
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == published + 384 * 384 + 384
+
+
+def test_published_recipe_on_a_folder_has_its_classes_and_its_validation_pictures(tmp_path):
+    for split in ("train", "val"):
+        for name in ("n01440764", "n01443537", "n01484850"):
+            (tmp_path / split / name).mkdir(parents=True)
+    config = imagenet_s16.get_config(str(tmp_path))
+    assert config.model.num_classes == 3
+    assert (config.data.train_split, config.data.eval_split) == ("train", "val")
+    assert config.data.source.to_dict() == {"name": "folder", "root": str(tmp_path)}
 
 
 def test_design_computes_what_keras_computes():
