@@ -65,6 +65,8 @@ def test_published_recipe_has_the_published_numbers():
     steps_per_epoch = imagenet_s16.IMAGES / config["data"]["batch_size"]
     assert in_steps("run", config["run"], steps_per_epoch)["total_steps"] == 111_477
     assert in_steps("optim", config["optim"], steps_per_epoch)["warmup_steps"] == 10_000
+    assert (config["data"]["train_split"], config["data"]["eval_split"]) == ("train[:99%]", "validation")
+    assert config["evals"]["minival"]["split"] == "train[99%:]"
     model = make_model(**config["model"])
     images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     params = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), images)["params"]

@@ -181,6 +181,44 @@ def schedule_free():
     return config
 
 
+def test_an_evaluation_has_a_split_of_its_own(tmp_path):
+    config = quiet(run__total_steps=2, run__log_every_steps=2)
+    config.data.eval_split = "test[:40]"
+    config.evals = dict(
+        test=dict(type="classification", every_steps=0),
+        seen=dict(type="classification", every_steps=0, split="train[5:25]"),
+        again=dict(type="classification", every_steps=0, split="test[:40]"),
+    )
+    _, found = train(config, tmp_path)
+    assert (found["test/count"], found["seen/count"]) == (40, 20)
+    for figure in ("loss", "top1", "count"):
+        assert found[f"again/{figure}"] == found[f"test/{figure}"]
+    alone = quiet(run__total_steps=2, run__log_every_steps=2)
+    alone.data.eval_split = "train[5:25]"
+    assert train(alone, tmp_path / "alone")[1]["test/loss"] == found["seen/loss"] != found["test/loss"]
+    samples = json.loads((tmp_path / "evals" / "seen.json").read_text())["samples"]
+    assert samples
+    source = build(alone).data.eval_source
+    assert all(sample["id"] == str(source[sample["row"]]["id"]) for sample in samples)
+
+
+def test_evaluations_of_one_split_share_it():
+    config = quiet()
+    config.evals.update({name: dict(type="classification", every_steps=1) for name in ("a", "b")})
+    config.evals.b.split, config.evals.a.split = config.data.eval_split, "train[:7]"
+    job = build(config)
+    assert job.evaluated["test"] is job.evaluated["b"] is job.data
+    assert len(job.evaluated["a"].eval_source) == 7
+
+
+@pytest.mark.parametrize(("split", "message"), [("nowhere", "evals.test: "), (3, "evals.test.split=3")])
+def test_a_split_that_is_not_there_is_named(split, message):
+    config = quiet()
+    config.evals.test.split = split
+    with pytest.raises(ConfigError, match=message):
+        build(config)
+
+
 @pytest.mark.parametrize("steps_per_epoch", [22.47, 1437 / 64, 7.0, 0.3, 1e-3, 1 / 3])
 @pytest.mark.parametrize(("every", "parts"), [(1.0, 5), (22.0, 5), (0.5, 3), (10.0, 30)])
 def test_what_is_due_at_the_end_is_not_due_just_before_it(every, parts, steps_per_epoch):

@@ -117,6 +117,8 @@ def test_evaluate_says_the_step_of_the_checkpoint(finished, tmp_path, capsys):
 def other_evaluation():
     config = tiny_config(run__ema_decay=0.9, data__eval_split="test[:100]", data__eval_batch_size=40)
     config.data.eval_transforms = [*config.data.eval_transforms, dict(op="resize", size_px=8)]
+    config.evals.test.split = "test[:100]"
+    config.evals.new = dict(type="classification", every_steps=0, split="train[:9]")  # new figures: nothing to compare
     return config
 
 
@@ -129,6 +131,8 @@ def test_a_run_may_go_on_with_another_evaluation_and_says_so(finished, tmp_path,
     assert "another evaluation" not in caplog.text
     state, results = train(other_evaluation(), tmp_path)
     assert "goes on with another evaluation (data.eval_split test -> test[:100], data.eval_transforms" in caplog.text
+    assert "evals.test.split None -> test[:100])" in caplog.text
+    assert "evals.new" not in caplog.text
     assert results["test/count"] == 100
     assert raw(state) == raw(finished[0])
 

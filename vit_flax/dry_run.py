@@ -109,7 +109,9 @@ def _facts_table(job: Job) -> Table:
     table.add_row(
         "forward pass", f"{job.forward_flops() / 1e9:,.3f} GFLOP per image; a training step takes three times that"
     )
-    examples = f"{job.data.num_train:,} for training, {len(job.data.eval_source):,} for evaluation"
+    splits = dict.fromkeys(job.evaluated.values() or [job.data])  # in the order of the evaluations
+    evaluated = ", ".join(f"{len(data.eval_source):,}" for data in splits)
+    examples = f"{job.data.num_train:,} for training, {evaluated} for evaluation"
     table.add_row("examples", f"{examples}; {job.data.num_classes} classes")
     epochs = job.run.total_steps * job.data.batch_size / job.data.num_train
     table.add_row("steps", f"{job.run.total_steps:,} of {job.data.batch_size} images = {epochs:,.1f} epochs")

@@ -34,7 +34,7 @@ from vit_flax.models.vit import ViT
 from vit_flax.optim import ema_update, eval_params, make_optimizer
 from vit_flax.param_groups import ParameterGroup, layer_norms, make_groups, parameter_groups
 from vit_flax.schedules import make_schedule
-from vit_flax.sections import SCHEDULES, Run, arguments, check_outline
+from vit_flax.sections import SCHEDULES, SPLIT, Run, arguments, check_outline
 from vit_flax.signals import StopSignal
 from vit_flax.signature import check_section
 from vit_flax.sinks import SINKS, Sink
@@ -358,17 +358,31 @@ class Job:
         (h, w, c), (ph, pw) = self.data.image_shape, self.model.patch_shape
         return forward_flops(self.model, (h // ph, w // pw), channels=c)
 
+    @cached_property
+    def evaluated(self) -> dict[str, Data]:
+        """What each entry of `evals` is evaluated on, in its order; the same object for the same split."""
+        main = self.config["data"]["eval_split"]
+        splits, found = {main: self.data}, {}
+        for name in self.config["evals"]:
+            split = self.sections[f"evals.{name}"].get(SPLIT, main)
+            if split not in splits:
+                with named(f"evals.{name}"):
+                    splits[split] = self.data.evaluated_on(split)
+            found[name] = splits[split]
+        return found
+
     def evaluations(self, stop: StopSignal) -> dict[str, Evaluation]:
         """One for each entry of `evals`, in its order."""
         index, count = sharding.data_shard(self.mesh)
-        split = self.data.eval(process_index=index, process_count=count)
         sections = {name: self.sections[f"evals.{name}"] for name in self.config["evals"]}
+        # A small split is decoded into memory: once, whoever evaluates on it.
+        splits = {data: data.eval(process_index=index, process_count=count) for data in set(self.evaluated.values())}
         return {
             name: EVALS[section["type"]](
-                **{k: v for k, v in section.items() if k not in ("type", *SCHEDULES)},
+                **{k: v for k, v in section.items() if k not in ("type", SPLIT, *SCHEDULES)},
                 apply=self.apply,
                 normalize=self.normalize,
-                batches=lambda: stop.until_received(split),
+                batches=partial(stop.until_received, splits[self.evaluated[name]]),
                 put=partial(sharding.put_batch, mesh=self.mesh, global_batch_size=self.data.eval_batch_size),
                 rows=sharding.batch_sharding(self.mesh),
                 num_classes=self.data.num_classes,
@@ -392,7 +406,7 @@ class Job:
                 log=log,
                 results=results,
                 class_names=self.data.class_names,
-                example_id=lambda row: str(self.data.eval_source[row]["id"]),
+                example_id=lambda row: str(self.evaluated[name].eval_source[row]["id"]),
             )
             return self.every(f"evals.{name}", run)
 
@@ -435,7 +449,8 @@ def _check_parts(job: Job) -> None:
     change = bind(augment, "augment", job.sections["augment"])
     with named("augment"):
         jax.eval_shape(change, key, batch["image"], targets, hparams=hparams)
-    check_logits(job.model, params, job.data, job.normalize)
+    for data in {job.data, *job.evaluated.values()}:
+        check_logits(job.model, params, data, job.normalize)
     with named("loss"):
         jax.eval_shape(job.loss, targets, targets, batch["mask"], hparams=hparams)
 

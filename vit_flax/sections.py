@@ -82,6 +82,8 @@ SECTIONS: dict[str, tuple[Any, tuple[str, ...]]] = {
 }
 # Of these, a section that happens every so often has exactly one (`every_epochs` becomes `every_steps`).
 SCHEDULES = ("every_steps", "every_secs")
+# What an evaluation may have beside its schedule and its arguments: another split than `data.eval_split`.
+SPLIT = "split"
 # Sections that a config may leave out. `metrics.jsonl` and `pictures/` are written without a sink.
 OPTIONAL = ("init", "mesh", "objective", "sinks")
 DEFAULT_SINKS: dict[str, dict[str, Any]] = {"csv": {}, "tensorboard": {}}
@@ -136,6 +138,10 @@ def _check(name: str, section: Mapping[str, Any]) -> None:
     extra: set[str] = set()
     if kind in ("checkpoint", "evals"):
         extra.add("every_secs" if "every_secs" in section else "every_steps")
+    if kind == "evals" and SPLIT in section:
+        extra.add(SPLIT)
+        if not isinstance(section[SPLIT], str):
+            raise ConfigError(f"{name}.{SPLIT}={section[SPLIT]!r}: expected a string, such as 'test'.")
     if kind == "sinks":
         schema = SINKS[key]
         with named(name):

@@ -153,17 +153,24 @@ def claim(workdir: Path, config: Mapping[str, Any], *, given: Mapping[str, Any])
 
 def _warn_of_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Names what differs between two records of one experiment, where it may show in the numbers."""
-    measured = [{k: v for k, v in flatten(record["config"]).items() if k in EVALUATED} for record in (before, now)]
+    measured = [_evaluated(record["config"]) for record in (before, now)]
+    both = sorted(measured[0].keys() & measured[1].keys())
+    theirs, ours = ({key: values[key] for key in both} for values in measured)
     found = {
         "other software (%s): from here on its numbers may differ.": differences(before["versions"], now["versions"]),
-        "another evaluation (%s): figures from before and from now on cannot be compared.": differences(
-            measured[0], measured[1]
-        ),
+        "another evaluation (%s): figures from before and from now on cannot be compared.": differences(theirs, ours),
     }
     for message, changed in found.items():
         if changed:
             rows = ", ".join(f"{name} {theirs} -> {ours}" for name, (theirs, ours) in changed.items())
             log.warning("This run goes on with " + message, rows)
+
+
+def _evaluated(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides what the figures of the evaluations mean."""
+    flat = flatten(config)
+    splits = {f"evals.{name}.split": section.get("split") for name, section in config.get("evals", {}).items()}
+    return {key: flat[key] for key in EVALUATED if key in flat} | splits
 
 
 def _has_trained(workdir: Path) -> bool:

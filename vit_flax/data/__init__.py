@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vit_flax.data.pipeline import Ahead, Batches, DecodeOnce, EvalBatches, eval_batches, train_batches
@@ -64,15 +64,11 @@ def make_data(
     if decode_once is True and not train_transform.deterministic:
         raise ValueError("decode_once=True, but train_transforms draw random numbers: use 'auto' or False.")
     train_source = make_source(split=train_split, **source)
-    eval_source = make_source(split=eval_split, **source)
-    if train_source.class_names != eval_source.class_names:
-        raise ValueError(
-            f"{train_split!r} and {eval_split!r} have different classes: "
-            f"only in one of them {sorted(set(train_source.class_names) ^ set(eval_source.class_names))[:10]}"
-        )
+    open_split = functools.partial(_open_beside, train_source, train_split, source)
     return Data(
         train_source=train_source,
-        eval_source=eval_source,
+        eval_source=open_split(eval_split),
+        open_split=open_split,
         batch_size=batch_size,
         eval_batch_size=eval_batch_size,
         train_transform=train_transform,
@@ -86,12 +82,24 @@ def make_data(
     )
 
 
-@dataclasses.dataclass(frozen=True)
+def _open_beside(train_source: Source, train_split: str, source: Mapping[str, Any], split: str) -> Source:
+    """Another split than the one that is trained on, with the same classes."""
+    opened = make_source(split=split, **source)
+    if train_source.class_names != opened.class_names:
+        raise ValueError(
+            f"{train_split!r} and {split!r} have different classes: "
+            f"only in one of them {sorted(set(train_source.class_names) ^ set(opened.class_names))[:10]}"
+        )
+    return opened
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Data:
     """The two splits of an experiment, ready to be batched on any number of processes."""
 
     train_source: Source
     eval_source: Source
+    open_split: Callable[[str], Source]  # any other split to evaluate on
     batch_size: int
     eval_batch_size: int
     train_transform: Transform
@@ -146,6 +154,10 @@ class Data:
             process_count=process_count,
             **self.reading,
         )
+
+    def evaluated_on(self, split: str) -> "Data":
+        """The same experiment, evaluated on another split. Raises: ValueError: none such, or it has other classes."""
+        return dataclasses.replace(self, eval_source=self.open_split(split))
 
     def fingerprint(self) -> dict[str, Any]:
         """JSON-able identity of what is trained on, for the checkpoint: the same in all lives of a run."""
