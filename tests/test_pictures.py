@@ -37,6 +37,7 @@ def test_small_images_are_enlarged_without_smoothing():
     [
         ([0.0, 1.0, 0.0], "dog"),
         ([0.3, 0.7, 0.0], "70% dog\n30% cat"),
+        ([0.002, 0.998, 0.0], "dog"),
         ([1.0, 0.0, 1.0], "cat, elk"),
         ([0.0, 0.0, 0.0], ""),
     ],

@@ -38,11 +38,12 @@ def grid(images: np.ndarray, captions: Sequence[str], *, columns: int = 8, tile_
 def caption(target: np.ndarray, class_names: Sequence[str]) -> str:
     """The classes of a target [v], the heaviest three; where it is mixed, each with its part on a line: "70% dog".
 
+    Parts that round to 0 % are left out.
     A name that the font of the pictures cannot draw loses its accents, or gives way to "class" and its number.
     """
-    heaviest: list[int] = [i for i in np.argsort(-target, kind="stable")[:3].tolist() if target[i] > 0]
+    heaviest: list[int] = [i for i in np.argsort(-target, kind="stable")[:3].tolist() if target[i] >= 0.005]
     names = {i: _drawable(class_names[i], i) for i in heaviest}
-    if all(target[i] == 1 for i in heaviest):
+    if all(target[i] >= 0.995 for i in heaviest):
         return ", ".join(names.values())
     # The part first: a long name is cut at its end.
     return "\n".join(f"{target[i]:.0%} {name}" for i, name in names.items())
