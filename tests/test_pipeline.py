@@ -435,6 +435,8 @@ def test_make_data_compares_the_classes(tmp_path):
     assert make_data(source={"name": "arrays", "path": tmp_path / "a.npz"}, **data).num_classes == 6
     with pytest.raises(ValueError, match="unknown data source 'aray': did you mean 'arrays'"):
         make_data(source={"name": "aray"}, **data)
+    with pytest.raises(ValueError, match=r"the source has no name\. Known: arrays, cifar10"):
+        make_data(source={"path": tmp_path / "a.npz"}, **data)
     with pytest.raises(TypeError, match="num_worker"):
         make_data(source={"name": "arrays", "path": tmp_path / "a.npz"}, num_worker=2, **data)
 

@@ -41,11 +41,11 @@ class Source(Protocol):
         ...
 
 
-def make_source(*, name: str, split: str, **kwargs: Any) -> Source:
+def make_source(*, name: str | None = None, split: str, **kwargs: Any) -> Source:
     """Opens a source by its name in `SOURCES`.
 
     Args:
-      name: a key of `SOURCES`.
+      name: a key of `SOURCES`; None is an error like any other name that is none.
       split: which part; "train" and "test" exist nearly everywhere, the `tfds` family also takes "train[:90%]".
       **kwargs: the arguments of that source.
 
@@ -53,9 +53,10 @@ def make_source(*, name: str, split: str, **kwargs: Any) -> Source:
       ValueError: no such source, no such split, or an empty one.
     """
     if name not in SOURCES:
-        close = difflib.get_close_matches(name, SOURCES, n=1)
+        close = difflib.get_close_matches(str(name), SOURCES, n=1)
         hint = f": did you mean {close[0]!r}?" if close else "."
-        raise ValueError(f"unknown data source {name!r}{hint} Known: {', '.join(sorted(SOURCES))}")
+        what = "the source has no name" if name is None else f"unknown data source {name!r}"
+        raise ValueError(f"{what}{hint} Known: {', '.join(sorted(SOURCES))}")
     source = SOURCES[name](split=split, **kwargs)
     if not len(source):
         raise ValueError(f"split {split!r} of data source {name!r} is empty: {source!r}")
