@@ -131,7 +131,7 @@ def test_a_run_may_go_on_with_another_evaluation_and_says_so(finished, tmp_path,
     assert "another evaluation" not in caplog.text
     state, results = train(other_evaluation(), tmp_path)
     assert "goes on with another evaluation (data.eval_split test -> test[:100], data.eval_transforms" in caplog.text
-    assert "evals.test.split None -> test[:100])" in caplog.text
+    assert "evals.test.split data.eval_split -> test[:100])" in caplog.text
     assert "evals.new" not in caplog.text
     assert results["test/count"] == 100
     assert raw(state) == raw(finished[0])

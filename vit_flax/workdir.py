@@ -169,7 +169,10 @@ def _warn_of_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 def _evaluated(config: Mapping[str, Any]) -> dict[str, Any]:
     """What decides what the figures of the evaluations mean."""
     flat = flatten(config)
-    splits = {f"evals.{name}.split": section.get("split") for name, section in config.get("evals", {}).items()}
+    splits = {
+        f"evals.{name}.split": section.get("split", "data.eval_split")
+        for name, section in config.get("evals", {}).items()
+    }
     return {key: flat[key] for key in EVALUATED if key in flat} | splits
 
 
