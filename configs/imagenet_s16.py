@@ -35,12 +35,20 @@ def get_config(data: str = "") -> ConfigDict:
         batch_size=1024 if data else 64,
         eval_batch_size=1024 if data else 64,
         train_transforms=[
-            dict(op="inception_crop", size_px=224, filter="bilinear", antialias=False, law="tf_inception"),
+            dict(
+                op="inception_crop",
+                size_px=224,
+                area=(0.05, 1.0),
+                aspect=(0.75, 1.33),
+                law="tf_inception",
+                filter="bilinear",
+                antialias=False,
+            ),
             dict(op="flip"),
             dict(op="randaugment", spec="randaug(2,10)", variant="published"),
         ],
         eval_transforms=[
-            dict(op="resize_small", size_px=256, filter="bilinear"),
+            dict(op="resize_small", size_px=256, filter="area"),
             dict(op="central_crop", size_px=224),
         ],
     )

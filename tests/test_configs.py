@@ -67,6 +67,13 @@ def test_published_recipe_has_the_published_numbers():
     assert in_steps("optim", config["optim"], steps_per_epoch)["warmup_steps"] == 10_000
     assert (config["data"]["train_split"], config["data"]["eval_split"]) == ("train[:99%]", "validation")
     assert config["evals"]["minival"]["split"] == "train[99%:]"
+    crop, whole = config["data"]["train_transforms"][0], config["data"]["eval_transforms"][0]
+    assert (crop["area"], crop["aspect"], crop["antialias"], whole["filter"]) == (
+        (0.05, 1),
+        (0.75, 1.33),
+        False,
+        "area",
+    )
     model = make_model(**config["model"])
     images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     params = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), images)["params"]

@@ -327,7 +327,7 @@ def test_the_picture_of_the_first_batch_is_what_the_first_step_gets(tmp_path, mo
     assert abs(drawn[0].astype(float) - expected).max() <= 1.0
     captions = [job_module.pictures.caption(row, job.data.class_names) for row in np.asarray(targets[:24])]
     assert drawn[1] == captions
-    assert ((0 < targets) & (targets < 1)).any()  # mixup is on
+    assert ((targets > 0) & (targets < 1)).any()  # mixup is on
 
 
 def test_a_run_leaves_report_pictures_facts_and_trace(tmp_path):
