@@ -9,10 +9,10 @@ Cost       9.1 GFLOP forward and 27 per training step and image; 111,477 steps. 
 Command    python -m vit_flax.main --config configs/imagenet_s16.py:tfds --workdir runs/imagenet_s16
            With tfds, choose numbers by the figures of `minival`: the validation set is what others test on.
 
-Every number is that of big_vision's `configs/vit_s16_i1k.py`, whose weight decay of 1e-4 is not multiplied by the
-learning rate. The crops and RandAugment are its TensorFlow operations with their defects, as the published result has
-them (docs/data.md); `law="area"`, `antialias=True` and no `variant` are the operations as meant. Its mixup draws once
-per device, this one once per batch.
+Every number of the training is that of big_vision's `configs/vit_s16_i1k.py`, whose weight decay of 1e-4 is not
+multiplied by the learning rate; a folder has 1 % more pictures, and so more steps. The crops and RandAugment are its
+TensorFlow operations with their defects, as the published result has them (docs/data.md); `law="area"`,
+`antialias=True` and no `variant` are the operations as meant. Its mixup draws once per device, this one once per batch.
 """
 
 from pathlib import Path

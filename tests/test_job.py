@@ -211,6 +211,22 @@ def test_evaluations_of_one_split_share_it():
     assert len(job.evaluated["a"].eval_source) == 7
 
 
+def test_pictures_of_another_split_that_the_model_does_not_take_are_refused(tmp_path):
+    labels = np.arange(10)
+    pictures = {
+        f"{split}_images": np.zeros((10, side, side, 1), np.uint8) for split, side in (("train", 8), ("val", 8))
+    }
+    pictures["large_images"] = np.zeros((10, 12, 12, 1), np.uint8)
+    np.savez(tmp_path / "a.npz", **pictures, train_labels=labels, val_labels=labels, large_labels=labels)
+    config = quiet(model__posemb="learned")
+    config.data.source = dict(name="arrays", path=str(tmp_path / "a.npz"))
+    config.data.update(dict(train_split="train", eval_split="val", batch_size=8, eval_batch_size=8))
+    build(config)
+    config.evals.test.split = "large"
+    with pytest.raises(ConfigError, match=r"\(12, 12, 1\)"):
+        build(config)
+
+
 @pytest.mark.parametrize(("split", "message"), [("nowhere", "evals.test: "), (3, "evals.test.split=3")])
 def test_a_split_that_is_not_there_is_named(split, message):
     config = quiet()

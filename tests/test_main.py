@@ -36,7 +36,9 @@ def test_train_resume_and_evaluate(tmp_path):
 
 
 def test_dry_run_prints_everything_and_writes_nothing(tmp_path):
-    done = launch("--config", "tests/configs/tiny.py", "--mode=dry_run", "--workdir", tmp_path / "new")
+    test = {"type": "classification", "every_steps": 5}
+    evals = f"--config.evals={dict(test=test, seen=test | {'split': 'train[:100]'})}"
+    done = launch("--config", "tests/configs/tiny.py", "--mode=dry_run", "--workdir", tmp_path / "new", evals)
     assert done.returncode == 0, done.stderr
     assert re.search(r"blocks/.*kernel +0-1 +[\d,]+ +1 +0\.05\n", done.stdout)  # the table of parameter groups
     for word in (
@@ -45,7 +47,7 @@ def test_dry_run_prints_everything_and_writes_nothing(tmp_path):
         "GFLOP per image",
         "MiB",
         "10 of 64 images",
-        "359 for evaluation; 10 classes",
+        "100, 359 for evaluation; 10 classes",
     ):
         assert word in done.stdout
     assert not (tmp_path / "new").exists()

@@ -449,7 +449,7 @@ def _check_parts(job: Job) -> None:
     change = bind(augment, "augment", job.sections["augment"])
     with named("augment"):
         jax.eval_shape(change, key, batch["image"], targets, hparams=hparams)
-    for data in {job.data, *job.evaluated.values()}:
+    for data in dict.fromkeys((job.data, *job.evaluated.values())):
         check_logits(job.model, params, data, job.normalize)
     with named("loss"):
         jax.eval_shape(job.loss, targets, targets, batch["mask"], hparams=hparams)
